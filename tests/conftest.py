@@ -48,10 +48,10 @@ def fixed_seeds_and_torch_defaults() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - for libraries that draw from numpy's global state
     torch.manual_seed(0)
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    deterministic, gradients = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
+    threads, dtype, gradients = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
-    torch.use_deterministic_algorithms(deterministic)
     torch.set_grad_enabled(gradients)
+    if torch.are_deterministic_algorithms_enabled():  # setting it loads the compiler, which takes seconds
+        torch.use_deterministic_algorithms(False)
