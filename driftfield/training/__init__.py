@@ -1,0 +1,39 @@
+"""What any training of this project needs: configuration, run folder, checkpoints, averages, seeds, schedule, log."""
+
+from driftfield.training.checkpoint import Checkpoint, CheckpointError, Loaded, checkpoint_steps, read_checkpoint
+from driftfield.training.config import load_config, read_config, to_yaml
+from driftfield.training.ema import EMA
+from driftfield.training.errors import UserError
+from driftfield.training.faults import fault_point
+from driftfield.training.optimizer_state import OptimizerState, load_optimizer, optimizer_state
+from driftfield.training.program import run_program
+from driftfield.training.run_folder import RunFolder, RunFolderError
+from driftfield.training.schema import ConfigError, from_plain, option, to_plain
+from driftfield.training.seeding import derive_seed, generator, seed_everything
+
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "Loaded",
+    "OptimizerState",
+    "RunFolder",
+    "RunFolderError",
+    "UserError",
+    "checkpoint_steps",
+    "derive_seed",
+    "fault_point",
+    "from_plain",
+    "generator",
+    "load_config",
+    "load_optimizer",
+    "optimizer_state",
+    "option",
+    "read_checkpoint",
+    "read_config",
+    "run_program",
+    "seed_everything",
+    "to_plain",
+    "to_yaml",
+]
