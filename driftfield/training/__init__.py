@@ -5,9 +5,13 @@ from driftfield.training.config import load_config, read_config, to_yaml
 from driftfield.training.ema import EMA
 from driftfield.training.errors import UserError
 from driftfield.training.faults import fault_point
+from driftfield.training.interrupt import StopRequest
 from driftfield.training.optimizer_state import OptimizerState, load_optimizer, optimizer_state
 from driftfield.training.program import run_program
+from driftfield.training.progress import Progress
 from driftfield.training.run_folder import RunFolder, RunFolderError
+from driftfield.training.runlog import RunLog, read_log
+from driftfield.training.schedule import warmup_constant
 from driftfield.training.schema import ConfigError, from_plain, option, to_plain
 from driftfield.training.seeding import derive_seed, generator, seed_everything
 
@@ -18,8 +22,11 @@ __all__ = [
     "ConfigError",
     "Loaded",
     "OptimizerState",
+    "Progress",
     "RunFolder",
     "RunFolderError",
+    "RunLog",
+    "StopRequest",
     "UserError",
     "checkpoint_steps",
     "derive_seed",
@@ -32,8 +39,10 @@ __all__ = [
     "option",
     "read_checkpoint",
     "read_config",
+    "read_log",
     "run_program",
     "seed_everything",
     "to_plain",
     "to_yaml",
+    "warmup_constant",
 ]

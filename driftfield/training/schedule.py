@@ -1,0 +1,46 @@
+"""Learning rate as a function of the samples seen, so that a changed batch size does not change its meaning."""
+
+
+def warmup_constant(
+    samples_seen: int,
+    *,
+    peak: float,
+    warmup_samples: int,
+    start: float = 1e-6,
+    total_samples: int | None = None,
+    cooldown_fraction: float = 0.0,
+) -> float:
+    """Linear from ``start`` to ``peak``, then constant (Table 8); optionally linear to 0 at the end of a short run.
+
+    Args:
+        samples_seen: samples trained on before this step.
+        peak: the constant learning rate.
+        warmup_samples: samples until the peak; 0 for none.
+        start: learning rate of the first step.
+        total_samples: length of the run; only a cool-down needs it.
+        cooldown_fraction: last part of the run, in [0, 1], over which the rate falls to 0.
+
+    Raises:
+        ValueError: for a negative count, or a cool-down without ``total_samples`` or outside [0, 1].
+
+    Returns:
+        The learning rate of this step.
+
+    >>> [warmup_constant(n, peak=1.0, warmup_samples=4, start=0.0) for n in (0, 1, 4, 100)]
+    [0.0, 0.25, 1.0, 1.0]
+    >>> warmup_constant(95, peak=1.0, warmup_samples=4, total_samples=100, cooldown_fraction=0.1)
+    0.5
+    """
+    if samples_seen < 0 or warmup_samples < 0:
+        raise ValueError(f"expected counts of 0 or more, found {samples_seen=}, {warmup_samples=}")
+    if not 0 <= cooldown_fraction <= 1 or (cooldown_fraction and total_samples is None):
+        raise ValueError(
+            f"expected a fraction in [0, 1] of total_samples, found {cooldown_fraction=}, {total_samples=}"
+        )
+    rate = peak
+    if samples_seen < warmup_samples:
+        rate = start + (peak - start) * samples_seen / warmup_samples
+    if cooldown_fraction and total_samples is not None:
+        left = max(0, total_samples - samples_seen) / (cooldown_fraction * total_samples)
+        rate *= min(1.0, left)
+    return rate
