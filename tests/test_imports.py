@@ -174,7 +174,7 @@ def imported_distributions(*folders: str) -> set[str]:
     """The distributions that hold what the Python files under these folders import."""
     holders = importlib.metadata.packages_distributions()
     roots = {
-        name.partition(".")[0]
+        "tensorboard" if name.startswith("torch.utils.tensorboard") else name.partition(".")[0]
         for folder in folders
         for path in (ROOT / folder).rglob("*.py")
         for name in imports(ast.parse(path.read_text(encoding="utf-8")))

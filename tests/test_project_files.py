@@ -58,14 +58,19 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert newest is not None and newest[1] == version
 
 
+def run_make(*words: str) -> subprocess.CompletedProcess[str]:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", *words]
+    return subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("target", "last_line"),
     [("demo", "/python -m vision.train"), ("test", "/python -m pytest -m 'not slow'")],
 )
 def test_a_target_sets_up_everything_and_then_runs(target: str, last_line: str, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={venv}", "PYTHON=python3"]
-    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = run_make("--dry-run", target, f"VENV={venv}", "PYTHON=python3").stdout.splitlines()
     made, locked = lines.index(f"python3 -m venv {venv}"), lines.index(next(x for x in lines if x.endswith(".lock")))
     assert made < locked
     assert all("--require-hashes" in line or "--no-deps" in line for line in lines if " install " in line)
@@ -74,10 +79,11 @@ def test_a_target_sets_up_everything_and_then_runs(target: str, last_line: str, 
 
 def test_make_refuses_an_old_python(tmp_path: Path) -> None:
     old = tmp_path / "python3"
-    old.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'import sys; sys.version_info = (3, 9, 1)\n'\"$2\"\n")
+    old.write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' -c 'import sys; sys.version_info = (3, 9, 1)\n'\"$2\"\n", encoding="utf-8"
+    )
     old.chmod(0o755)
-    command = ["make", "--no-print-directory", "test", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = run_make("test", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}")
     assert run.returncode != 0
     assert "driftfield needs Python 3.11 or newer, found 3.9" in run.stderr
 
