@@ -27,7 +27,7 @@ ELSEWHERE = ("cd", "git", "pip", "source", "sudo", "tensorboard")
 # What makes a program finish within seconds, added to the end of its command line.
 SMOKE: dict[str, tuple[str, ...]] = {
     "driftfield.toy": (),
-    "vision.train": (),
+    "vision.train": ("steps=2",),
     "vision.sample": (),
     "vision.evaluate": (),
 }
