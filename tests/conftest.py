@@ -2,6 +2,7 @@
 
 import ipaddress
 import random
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ def is_on_this_machine(address: object) -> bool:
     if not isinstance(address, tuple):
         return True  # the path of a Unix socket
     host = address[0].decode() if isinstance(address[0], bytes) else str(address[0])
-    if host in ("", "localhost"):
+    if host in ("", "localhost", socket.gethostname()):
         return True
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
