@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, ValueType
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -74,17 +74,15 @@ def compose_plain(schema: type, config_dir: Path, config_name: str, overrides: S
         ConfigError: a file or an override that can't be read, or names code by ``_target_``.
     """
     parsed = [_parse(text) for text in overrides]
-    groups = [override for override in parsed if (config_dir / override.key_or_group).is_dir()]
+    groups = [override for override in parsed if _chooses_a_file(override, config_dir)]
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base=None):
-            composed = compose(config_name, overrides=[_group_override(override) for override in groups])
+            composed = compose(config_name, overrides=[_choice(override, config_dir) for override in groups])
         data = to_plain(OmegaConf.to_container(OmegaConf.merge(default_values(schema), composed)))
         for override in parsed:
             if override not in groups:
                 _set(data, override.key_or_group, override.value())
         data = to_plain(OmegaConf.to_container(OmegaConf.create(data), resolve=True))
-    except MissingConfigException as error:
-        raise ConfigError(_missing_file(error, config_dir)) from error
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"configuration {config_dir / config_name}.yaml: {_one_line(error)}") from error
     _refuse_targets(data)
@@ -100,6 +98,8 @@ def _parse(text: str) -> Override:
             raise ConfigError(f"{text!r}: expected key=value") from error
         return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, value)  # text outside the grammar, such as ~/data
     key = override.key_or_group
+    if not key:
+        raise ConfigError(f"{text!r}: expected key=value")
     if override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None:
         raise ConfigError(f"{text!r}: expected key=value, without '+', '~' or '@': the keys are fixed, so {key}=...")
     if override.is_sweep_override():
@@ -107,26 +107,28 @@ def _parse(text: str) -> Override:
     return override
 
 
-def _group_override(override: Override) -> str:
-    name = override.value()
-    if override.key_or_group == EXPERIMENT:
-        return f"+{EXPERIMENT}@_global_={name}"  # spares each file Hydra's `# @package _global_` line
-    return f"{override.key_or_group}={name}"
+def _chooses_a_file(override: Override, config_dir: Path) -> bool:
+    return (config_dir / override.key_or_group).is_dir() and not isinstance(override.value(), dict)
 
 
-def _missing_file(error: MissingConfigException, config_dir: Path) -> str:
-    missing = str(error.missing_cfg_file or "")
-    group, _, name = missing.rpartition("/")
-    if not group:
-        return f"no file {config_dir / missing}.yaml"
+def _choice(override: Override, config_dir: Path) -> str:
+    group, name = override.key_or_group, str(override.value())
     names = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
-    return f"{group}: expected one of {', '.join(names)}; found {name!r}{nearest(name, names)}"
+    if name not in names:
+        raise ConfigError(f"{group}: expected one of {', '.join(names)}; found {name!r}{nearest(name, names)}")
+    if group == EXPERIMENT:
+        return f"+{group}@_global_='{name}'"  # spares each file Hydra's `# @package _global_` line
+    return f"{group}='{name}'"
 
 
 def _set(data: Any, key: str, value: Any) -> None:
+    if isinstance(value, dict) and value:
+        for name, element in value.items():  # what it does not name stays, as in a file
+            _set(data, f"{key}.{name}", element)
+        return
     *groups, last = key.split(".")
     for depth, group in enumerate(groups):
-        if not isinstance(data, dict) or not isinstance(data.setdefault(group, {}), dict):
+        if not isinstance(data.setdefault(group, {}), dict):
             raise ConfigError(f"unknown key {key!r}: {'.'.join(groups[: depth + 1])} is a single value")
         data = data[group]
     data[last] = value

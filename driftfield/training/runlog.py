@@ -1,6 +1,5 @@
 """The run's log: one JSON line per call in ``metrics.jsonl``, and writers for TensorBoard and Weights & Biases."""
 
-import importlib
 import json
 import logging
 import math
@@ -124,9 +123,11 @@ class TensorBoardWriter:
     """Values as TensorBoard curves in the folder ``tensorboard``."""
 
     def __init__(self, directory: Path, resume_step: int | None) -> None:
-        module = importlib.import_module("torch.utils.tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer: Any = module.SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
+        make: Any = SummaryWriter
+        self._writer = make(str(directory / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point per value."""
@@ -142,10 +143,11 @@ class WandbWriter:
     """Values in a Weights & Biases run; its id is kept in ``wandb_id.txt`` so that a resume continues it."""
 
     def __init__(self, directory: Path, resume_step: int | None) -> None:
-        wandb: Any = importlib.import_module("wandb")
+        import wandb
+
         file = directory / "wandb_id.txt"
         known = file.read_text(encoding="utf-8").strip() if resume_step is not None and file.exists() else None
-        self._run: Any = wandb.init(dir=str(directory), id=known, resume="allow", name=directory.resolve().name)
+        self._run = wandb.init(dir=str(directory), id=known, resume="allow", name=directory.resolve().name)
         write_text(file, f"{self._run.id}\n")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
