@@ -125,30 +125,28 @@ def mae_state(arrays: Mapping[str, Array], *, blocks: tuple[int, ...]) -> dict[s
         state[f"{ours}.weight"] = left.pop(f"{theirs}/scale")
         state[f"{ours}.bias"] = left.pop(f"{theirs}/bias")
 
-    conv("encoder.stem.conv", "encoder/conv1")
-    norm("encoder.stem.norm", "encoder/gn1")
+    def conv_norm(ours: str, their_conv: str, their_norm: str) -> None:
+        conv(f"{ours}.conv", their_conv)
+        norm(f"{ours}.norm", their_norm)
+
+    conv_norm("encoder.stem", "encoder/conv1", "encoder/gn1")
     for stage, num_blocks in enumerate(blocks):
         for index in range(num_blocks):
             ours, theirs = f"encoder.stages.{stage}.{index}", f"encoder/stages_{stage}/layers_{index}"
-            conv(f"{ours}.conv1", f"{theirs}/conv1")
-            norm(f"{ours}.norm1", f"{theirs}/gn1")
-            conv(f"{ours}.conv2", f"{theirs}/conv2")
-            norm(f"{ours}.norm2", f"{theirs}/gn2")
+            conv_norm(f"{ours}.first", f"{theirs}/conv1", f"{theirs}/gn1")
+            conv_norm(f"{ours}.second", f"{theirs}/conv2", f"{theirs}/gn2")
             if stage > 0 and index == 0:
-                conv(f"{ours}.skip.conv", f"{theirs}/proj_conv")
-                norm(f"{ours}.skip.norm", f"{theirs}/proj_gn")
+                conv_norm(f"{ours}.skip", f"{theirs}/proj_conv", f"{theirs}/proj_gn")
         norm(f"encoder.norms.{stage}", f"encoder/layer{stage + 1}_norm")
     state["classifier.weight"] = left.pop("fc/kernel").T
     state["classifier.bias"] = left.pop("fc/bias")
 
-    conv("decoder.bridge.conv", "decoder/bridge/conv")
-    norm("decoder.bridge.norm", "decoder/bridge/gn")
+    conv_norm("decoder.bridge", "decoder/bridge/conv", "decoder/bridge/gn")
     for step, name in enumerate(("up43", "up32", "up21", "up10")):
         ours, theirs = f"decoder.ups.{step}", f"decoder/{name}"
         norm(f"{ours}.norm", f"{theirs}/concat_norm_fn")
-        for part in ("proj", "refine"):
-            conv(f"{ours}.{part}.conv", f"{theirs}/{part}/conv")
-            norm(f"{ours}.{part}.norm", f"{theirs}/{part}/gn")
+        conv_norm(f"{ours}.project", f"{theirs}/proj/conv", f"{theirs}/proj/gn")
+        conv_norm(f"{ours}.refine", f"{theirs}/refine/conv", f"{theirs}/refine/gn")
     conv("decoder.head", "decoder/head")
     state["decoder.head.bias"] = left.pop("decoder/head/bias")
     return _finished(state, left)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.vision.release_weights import generator_arguments, generator_state, nchw, read_artifact, read_config
-from vision.generator import PRESETS, ImageGenerator, patchify, sincos_positions, unpatchify
+from vision.generator import PRESETS, ImageGenerator, sincos_positions
+from vision.patches import patchify, unpatchify
 from vision.transformer import Attention, RMSNorm, SwiGLU, rotary_table, rotate
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,0 +1,168 @@
+"""Features of images at many scales, in which the drift is computed (paper Eq. 13-14, A.5)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VARIANCE_FLOOR = 1e-6  # inside each square root: its gradient stays finite where a map is constant
+FAMILIES: Final = "abcd"  # A.5's names: locations, whole-map moments, 2x2 patches, 4x4 patches
+PATCH_SIZES: Final = {"c": 2, "d": 4}
+
+
+class Encoder(Protocol):
+    """Anything that turns images into named features; drifting asks nothing else of it."""
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Features [B, L, C] of images [B, channels, H, W]: L vectors of C channels for each name."""
+        ...
+
+
+class Moments(NamedTuple):
+    """Mean and population variance of each patch of a map, [B, C, h, w] both."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def image_features(images: Tensor, encoder: Encoder | None = None) -> dict[str, Tensor]:
+    """The features the drift is computed in: each image as one vector, and what the encoder makes of it.
+
+    Source: paper A.5; the name "global" is the release's.
+
+    Args:
+        images: [B, channels, H, W].
+        encoder: makes further features; without one the drift is computed on pixels alone.
+
+    Returns:
+        Features [B, L, C] by name; "global" has L = 1 and C = channels * H * W.
+
+    >>> import torch
+    >>> image_features(torch.zeros(5, 1, 8, 8))["global"].shape
+    torch.Size([5, 1, 64])
+    """
+    features = {} if encoder is None else encoder.features(images)
+    return {"global": images.flatten(1).unsqueeze(1)} | features
+
+
+def multi_scale_features(maps: Mapping[str, Tensor], *, families: str = FAMILIES) -> dict[str, Tensor]:
+    """Locations, means and standard deviations of feature maps at several scales.
+
+    Source: paper A.5: (a) every location, (b) mean and standard deviation over the map, (c) over 2x2 patches, (d) over
+    4x4 patches. A map that its patches do not tile has no features of that family.
+
+    Args:
+        maps: feature maps [B, C, H, W] by name.
+        families: which of (a) to (d), such as "abcd" or "b".
+
+    Raises:
+        ValueError: an unknown family or none, or a map that is not [B, C, H, W].
+
+    Returns:
+        Features [B, L, C]: `name` (a), `name_mean` and `name_std` (b), `name_mean_2`, `name_std_2` (c), `name_mean_4`,
+        `name_std_4` (d); locations and patches in row order.
+
+    >>> import torch
+    >>> features = multi_scale_features({"layer1": torch.zeros(5, 3, 8, 8)}, families="ac")
+    >>> {name: list(feature.shape) for name, feature in features.items()}
+    {'layer1': [5, 64, 3], 'layer1_mean_2': [5, 16, 3], 'layer1_std_2': [5, 16, 3]}
+    """
+    if not families or not set(families) <= set(FAMILIES):
+        raise ValueError(f"families: expected letters of {FAMILIES!r}, found {families!r}")
+    features: dict[str, Tensor] = {}
+    for name, feature_map in maps.items():
+        if feature_map.ndim != 4:
+            raise ValueError(f"{name}: expected shape [B, C, H, W], found {list(feature_map.shape)}")
+        features |= _features_of_map(name, feature_map, families)
+    return features
+
+
+def root_mean_square(images: Tensor) -> Tensor:
+    """sqrt(mean over locations of x^2 + 1e-6) for each channel (paper A.5; "norm_x" in the release).
+
+    Args:
+        images: [B, C, H, W].
+
+    Returns:
+        [B, 1, C].
+
+    >>> import torch
+    >>> root_mean_square(torch.full((1, 2, 3, 3), 2.0)).round(decimals=3).tolist()
+    [[[2.0, 2.0]]]
+    """
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    return (images.square().mean(dim=(2, 3)) + VARIANCE_FLOOR).sqrt().unsqueeze(1)
+
+
+def group_by_label(features: Mapping[str, Tensor], num_labels: int) -> dict[str, Tensor]:
+    """Features of a batch as groups of samples of one label at one location, the form the loss takes; no copy.
+
+    Args:
+        features: [num_labels * N, L, C] by name, the N samples of a label one after the other.
+        num_labels: labels in the batch.
+
+    Raises:
+        ValueError: the batch is not a multiple of num_labels.
+
+    Returns:
+        [num_labels, L, N, C] by name: two dimensions of groups, then samples, then channels.
+
+    >>> import torch
+    >>> group_by_label({"layer1": torch.zeros(6, 16, 3)}, 2)["layer1"].shape
+    torch.Size([2, 16, 3, 3])
+    """
+    for name, feature in features.items():
+        if num_labels < 1 or len(feature) % num_labels:
+            raise ValueError(
+                f"feature {name!r}: expected a multiple of {num_labels} labels, found {len(feature)} samples"
+            )
+    return {name: feature.unflatten(0, (num_labels, -1)).transpose(1, 2) for name, feature in features.items()}
+
+
+def _features_of_map(name: str, feature_map: Tensor, families: str) -> dict[str, Tensor]:
+    features = {name: _as_vectors(feature_map)} if "a" in families else {}
+    height, width = feature_map.shape[2:]
+    mean = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+    variance: Tensor | None = None  # patches of one pixel have none
+    size = 1
+    for family in _tiling(families, height, width):
+        patch_size = PATCH_SIZES[family]
+        mean, variance = moments = _coarser(mean, variance, (patch_size // size, patch_size // size))
+        features |= _named(name, moments, f"_{patch_size}")
+        size = patch_size
+    if "b" in families:
+        features |= _named(name, _coarser(mean, variance, (height // size, width // size)), "")
+    return features
+
+
+def _tiling(families: str, height: int, width: int) -> Iterable[str]:
+    """The families of patches that are asked for and tile the map, smallest patches first."""
+    return (
+        family
+        for family, patch_size in PATCH_SIZES.items()
+        if family in families and height % patch_size == 0 and width % patch_size == 0
+    )
+
+
+def _coarser(mean: Tensor, variance: Tensor | None, size: tuple[int, int]) -> Moments:
+    """Moments of patches of `size` patches: variance = variance of the means + mean of the variances.
+
+    So the full map is read once, for the smallest patches; and the spread is measured from the patch's own mean, since
+    the difference E[x^2] - E[x]^2 would drown a small one in rounding.
+    """
+    coarse = F.avg_pool2d(mean, size)
+    spread = (mean - F.interpolate(coarse, size=mean.shape[2:])).square()
+    return Moments(coarse, F.avg_pool2d(spread if variance is None else spread + variance, size))
+
+
+def _named(name: str, moments: Moments, suffix: str) -> dict[str, Tensor]:
+    return {
+        f"{name}_mean{suffix}": _as_vectors(moments.mean),
+        f"{name}_std{suffix}": _as_vectors((moments.variance + VARIANCE_FLOOR).sqrt()),
+    }
+
+
+def _as_vectors(feature_map: Tensor) -> Tensor:
+    return feature_map.flatten(2).transpose(1, 2)  # [B, H * W, C]
