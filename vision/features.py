@@ -115,9 +115,7 @@ def group_by_label(features: Mapping[str, Tensor], num_labels: int) -> dict[str,
     """
     for name, feature in features.items():
         if num_labels < 1 or len(feature) % num_labels:
-            raise ValueError(
-                f"feature {name!r}: expected a multiple of {num_labels} labels, found {len(feature)} samples"
-            )
+            raise ValueError(f"{name}: expected a multiple of {num_labels} labels, found {len(feature)} samples")
     return {name: feature.unflatten(0, (num_labels, -1)).transpose(1, 2) for name, feature in features.items()}
 
 
