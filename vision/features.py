@@ -15,8 +15,8 @@ PATCH_SIZES: Final = {"c": 2, "d": 4}
 class Encoder(Protocol):
     """Anything that turns images into named features; drifting asks nothing else of it."""
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Features [B, L, C] of images [B, channels, H, W]: L vectors of C channels for each name."""
+    def features(self, images: Tensor, *, families: str = FAMILIES) -> dict[str, Tensor]:
+        """Features [B, L, C] of images [B, channels, H, W], those of the families the encoder knows."""
         ...
 
 
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
-def image_features(images: Tensor, encoder: Encoder | None = None) -> dict[str, Tensor]:
+def image_features(images: Tensor, encoder: Encoder | None = None, *, families: str = FAMILIES) -> dict[str, Tensor]:
     """The features the drift is computed in: each image as one vector, and what the encoder makes of it.
 
     Source: paper A.5; the name "global" is the release's.
@@ -35,6 +35,7 @@ def image_features(images: Tensor, encoder: Encoder | None = None) -> dict[str, 
     Args:
         images: [B, channels, H, W].
         encoder: makes further features; without one the drift is computed on pixels alone.
+        families: which of the encoder's families (a) to (d), see `multi_scale_features`.
 
     Returns:
         Features [B, L, C] by name; "global" has L = 1 and C = channels * H * W.
@@ -43,7 +44,7 @@ def image_features(images: Tensor, encoder: Encoder | None = None) -> dict[str, 
     >>> image_features(torch.zeros(5, 1, 8, 8))["global"].shape
     torch.Size([5, 1, 64])
     """
-    features = {} if encoder is None else encoder.features(images)
+    features = {} if encoder is None else encoder.features(images, families=families)
     return {"global": images.flatten(1).unsqueeze(1)} | features
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vision.features import FAMILIES, multi_scale_features, root_mean_square
-from vision.patches import patchify
 from vision.pretrained import Pretrained
 
 MAX_GROUPS = 32
@@ -285,9 +285,7 @@ class ResNetMAE(Pretrained):
     def to_map(self, images: Tensor) -> Tensor:
         """Images [B, channels, H, W] -> patches as channels [B, channels * p^2, H / p, W / p], p = patch_size."""
         height, width = self._map_size(images)
-        if self.patch_size == 1:
-            return images
-        return patchify(images, self.patch_size).transpose(1, 2).unflatten(2, (height, width))
+        return rearrange(images, "b c (h p) (w q) -> b (p q c) h w", h=height, w=width)
 
     def hide(self, images: Tensor, mask: Tensor) -> Tensor:
         """Images with the hidden locations set to 0."""

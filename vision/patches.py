@@ -1,5 +1,8 @@
 """Images as rows of square patches, and back."""
 
+import math
+
+from einops import rearrange
 from torch import Tensor
 
 
@@ -17,8 +20,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     >>> patchify(torch.arange(4.0).reshape(1, 1, 2, 2), 1).flatten().tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
-    grid = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, C, h, p, w, p]
-    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
@@ -36,6 +38,5 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     >>> torch.equal(unpatchify(patchify(x, 4), 4), x)
     True
     """
-    grid_size = round(patches.shape[1] ** 0.5)
-    grid = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (grid_size, grid_size))  # [B, h, w, p, p, C]
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    grid_size = math.isqrt(patches.shape[1])
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid_size, p=patch_size, q=patch_size)

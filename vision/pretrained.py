@@ -1,14 +1,16 @@
 """Models in a folder: config.json (the constructor's keywords) and model.safetensors (the weights)."""
 
-import json
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any, Self
 
 import safetensors
 import safetensors.torch
 from torch import nn
+
+from driftfield.training.atomic_file import TEMPORARY_PREFIX, parse_json, sync, write_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -24,14 +26,15 @@ class Pretrained(nn.Module):
         """Write config.json and model.safetensors into a folder, each whole or not at all.
 
         Args:
-            folder: made if it does not exist; the two files in it are replaced.
+            folder: made if it does not exist; the two files in it are replaced, config.json last.
+
+        Raises:
+            OSError: if the disk refuses; a file is then as it was.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        config = {"model": type(self).__name__, "arguments": self.config}
-        _write_aside(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        _write_aside(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        _write_weights(folder / WEIGHTS_FILE, self)
+        write_json(folder / CONFIG_FILE, {"model": type(self).__name__, "arguments": self.config})
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
@@ -49,14 +52,17 @@ class Pretrained(nn.Module):
             The model; every weight of the file is used and none of the model is left as it was.
         """
         folder = _folder_of(source, revision)
-        model = cls(**_read_arguments(folder / CONFIG_FILE, cls.__name__))
-        path = folder / WEIGHTS_FILE
+        config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         try:
-            model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+            model = cls(**_read_arguments(config, cls.__name__))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config}: {error}") from error
+        try:
+            model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+            raise ValueError(f"{weights}: not a whole safetensors file ({error})") from error
         except RuntimeError as error:
-            raise ValueError(f"{path}: the weights do not fit the model of {CONFIG_FILE}: {error}") from error
+            raise ValueError(f"{weights}: the weights do not fit the model of {CONFIG_FILE}: {error}") from error
         return model.eval()
 
 
@@ -72,19 +78,24 @@ def _folder_of(source: str | os.PathLike[str], revision: str | None) -> Path:
 
 
 def _read_arguments(path: Path, model: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    config = parse_json(path.read_bytes())
     if not isinstance(config, dict) or config.keys() != {"model", "arguments"}:
-        raise ValueError(f"{path}: expected an object with the keys 'model' and 'arguments'")
+        raise ValueError("expected an object with the keys 'model' and 'arguments'")
     if config["model"] != model:
-        raise ValueError(f"{path}: expected the config of {model}, found that of {config['model']}")
+        raise ValueError(f"expected the config of {model}, found that of {config['model']}")
+    if not isinstance(config["arguments"], dict):
+        raise ValueError(f"arguments: expected an object, found {config['arguments']!r}")
     return config["arguments"]
 
 
-def _write_aside(path: Path, content: bytes) -> None:
+def _write_weights(path: Path, model: nn.Module) -> None:
     """Write next to the path, then rename, so that a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex}")
+    try:
+        aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

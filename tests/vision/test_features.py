@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vision.features import (
+    FAMILIES,
     VARIANCE_FLOOR,
     group_by_label,
     image_features,
@@ -129,16 +130,16 @@ def test_root_mean_square_against_loops() -> None:
 class HalvesOfImages:
     """An encoder of our own: the two halves of each image as two locations."""
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        return {"halves": images.flatten(1).unflatten(1, (2, -1))}
+    def features(self, images: Tensor, *, families: str = FAMILIES) -> dict[str, Tensor]:
+        return {f"halves_{families}": images.flatten(1).unflatten(1, (2, -1))}
 
 
 def test_any_encoder_will_do() -> None:
     images = make_map(4, 1, 4, 4)
-    features = image_features(images, HalvesOfImages())
+    features = image_features(images, HalvesOfImages(), families="ab")
     assert {name: list(feature.shape) for name, feature in features.items()} == {
         "global": [4, 1, 16],
-        "halves": [4, 2, 8],
+        "halves_ab": [4, 2, 8],
     }
     assert torch.equal(features["global"][:, 0], images.flatten(1))
     assert image_features(images).keys() == {"global"}

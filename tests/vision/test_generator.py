@@ -1,6 +1,8 @@
 """The generator: its mathematics, its sizes, and the release's own samples."""
 
+import errno
 import inspect
+import os
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +270,31 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
+    make_generator().save_pretrained(tmp_path)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_a_full_disk_leaves_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = make_generator()
+    generator.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def fill_the_disk(path: Path, content: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    torch.nn.init.zeros_(generator.position)
+    with pytest.raises(OSError, match="No space left on device"):
+        generator.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_config_holds_every_keyword() -> None:
     keywords = inspect.signature(ImageGenerator).parameters
     assert make_generator().config.keys() == keywords.keys()
@@ -280,9 +307,17 @@ def test_loading_is_strict(tmp_path: Path) -> None:
         ('"depth": 2', '"depth": 3', ValueError, "blocks.2.modulation.weight"),
         ('"depth": 2', '"depth": 1', ValueError, "blocks.1.modulation.weight"),
         ('"cond_size": 12', '"cond_size": 13', ValueError, "conditioning.label.weight"),
-        ('"depth"', '"depht"', TypeError, "depht"),
-        ("ImageGenerator", "ResNetMAE", ValueError, "expected the config of ImageGenerator, found that of ResNetMAE"),
-        ("{", "", ValueError, "config.json: not JSON"),
+        ('"depth"', '"depht"', ValueError, "config.json: .*unexpected keyword argument 'depht'"),
+        ('"depth": 2', '"depth": 0', ValueError, "config.json: depth: expected at least 1, found 0"),
+        ('"depth": 2', '"depth": 2, "depth": 2', ValueError, "config.json: JSON key given twice: 'depth'"),
+        ('"arguments": {', '"arguments": 7, "rest": {', ValueError, "keys 'model' and 'arguments'"),
+        (
+            "ImageGenerator",
+            "ResNetMAE",
+            ValueError,
+            "config.json: expected the config of ImageGenerator, found that of ResNetMAE",
+        ),
+        ("{", "", ValueError, "config.json: "),
         ('"model"', '"modle"', ValueError, "keys 'model' and 'arguments'"),
     ]:
         (tmp_path / "config.json").write_text(config.replace(old, new, 1), encoding="utf-8")
