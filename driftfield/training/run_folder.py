@@ -22,7 +22,7 @@ from driftfield.training.schema import ConfigError, to_plain
 
 CONFIG, RUN, LOCK = "config.yaml", "run.json", "run.lock"
 PACKAGES = ("driftfield", "torch", "numpy", "safetensors", "hydra-core", "timm", "scikit-learn")
-_SECRET = re.compile(r"(?is)^([^=]*(?:token(?!i)|secret|passw|credential|api_?key)[^=]*=).*")  # a tokenizer is none
+_SECRET = re.compile(r"(?is)^([^=]*(?:token(?!i)|secret|passw|credential|api[_-]?key)[^=]*=).*")  # a tokenizer is none
 _log = logging.getLogger(__name__)
 
 

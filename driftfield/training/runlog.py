@@ -55,8 +55,12 @@ class RunLog:
             self._file = open(self.path, "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"log {self.path} can't be written: {error.strerror}") from error
-        for writer in writers:
-            self._add(writer, Path(directory), resume_step)
+        try:
+            for writer in writers:
+                self._add(writer, Path(directory), resume_step)
+        except BaseException:
+            self.close()
+            raise
 
     def log(self, step: int, samples_seen: int, **values: float) -> None:
         """Append one line: the step, the samples seen, the time (UTC) and the values.
@@ -88,7 +92,10 @@ class RunLog:
 
     def close(self) -> None:
         """Close the file and the writers."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            _log.warning("log %s: the last line can't be written: %s", self.path, error.strerror)
         for name, writer in list(self._writers.items()):
             try:
                 writer.close()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftfield.training import Checkpoint, CheckpointError
+from driftfield.training import Checkpoint, CheckpointError, RunFolder, RunFolderError, StopRequest
 from driftfield.training.faults import VARIABLE
 
 _context = multiprocessing.get_context("forkserver")
@@ -45,11 +45,16 @@ def run_to_end(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 def kill_when(process: BaseProcess, condition: Callable[[], bool], number: int = signal.SIGKILL) -> int:
     """Signal a process as soon as a condition holds, and return its exit code."""
-    while not condition() and process.is_alive():
-        time.sleep(0.0005)
+    wait_until(process, condition)
     if process.is_alive() and process.pid is not None:
         os.kill(process.pid, number)
     return finish(process)
+
+
+def wait_until(process: BaseProcess, condition: Callable[[], bool]) -> None:
+    """Wait for a condition, or for the end of the process that should bring it about."""
+    while not condition() and process.is_alive():
+        time.sleep(0.0005)
 
 
 def lines_in(path: Path) -> int:
@@ -72,3 +77,34 @@ def numbered_tensors(step: int) -> dict[str, dict[str, Tensor]]:
     """Tensors of a checkpoint that tells its step from each of its numbers."""
     model = {"weight": torch.full((50, 3), float(step)), "bias": torch.full((3,), step, dtype=torch.bfloat16)}
     return {"model": model, "ema": {"weight": model["weight"] / 2}, "rank-00000": {"queue": torch.full((7,), step)}}
+
+
+def hold(folder: Path) -> None:
+    """Open a run's folder and stay."""
+    with RunFolder(folder, {}):
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def open_without_permission(folder: Path) -> None:
+    """Try to open a run's folder as nobody, if this is root's process; the refusal is left in ``refusal.txt``."""
+    answer = os.open(folder.parent / "refusal.txt", os.O_WRONLY | os.O_CREAT)
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    try:
+        RunFolder(folder, {})
+    except RunFolderError as error:
+        os.write(answer, str(error).encode())
+
+
+def stop_slowly(folder: Path) -> None:
+    """A training without training: wait for a request to stop, then save for a long time."""
+    with StopRequest() as stop:
+        (folder / "started").touch()
+        while not stop.requested:
+            time.sleep(0.01)
+        (folder / "saving").touch()
+        time.sleep(60)
+    raise SystemExit(stop.exit_code)
