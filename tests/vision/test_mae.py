@@ -299,3 +299,18 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(features[name], feature)
     sum(feature.sum() for feature in features.values()).backward()
     assert images.grad.isfinite().all()
+
+
+def test_bfloat16_autocast() -> None:
+    mae, images = make_mae(), make_images().requires_grad_()
+    mask = mae.draw_mask(images)
+    expected_features, expected_loss = mae.features(images), mae.loss(images, mask).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        features, loss = mae.features(images), mae.loss(images, mask).loss
+    torch.testing.assert_close(loss, expected_loss, rtol=0.02, atol=0)
+    for name, feature in features.items():
+        error = (feature.float() - expected_features[name]).square().mean().sqrt()
+        assert error < 0.1, name  # of values around 1, after seven layers of 8-bit precision
+        assert feature.dtype == torch.float32 or "mean" not in name and "std" not in name
+    sum(feature.float().sum() for feature in features.values()).backward()
+    assert images.grad.isfinite().all()
