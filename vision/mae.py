@@ -287,6 +287,11 @@ class ResNetMAE(Pretrained):
         height, width = self._map_size(images)
         return rearrange(images, "b c (h p) (w q) -> b (p q c) h w", h=height, w=width)
 
+    def to_images(self, patches: Tensor) -> Tensor:
+        """A map such as a reconstruction as images [B, channels, H, W]: the inverse of `to_map`."""
+        size = self.patch_size
+        return rearrange(patches, "b (p q c) h w -> b c (h p) (w q)", p=size, q=size)
+
     def hide(self, images: Tensor, mask: Tensor) -> Tensor:
         """Images with the hidden locations set to 0."""
         shape = [len(images), 1, *self._map_size(images)]

@@ -190,6 +190,7 @@ def test_patches_become_channels_row_by_row() -> None:
     patches = mae.to_map(images)
     assert patches.shape == (3, 32, 4, 4)
     assert torch.equal(patches[1, :, 2, 3], images[1, :, 8:12, 12:16].permute(1, 2, 0).flatten())
+    assert torch.equal(mae.to_images(patches), images)
 
 
 def test_classification_share_of_the_loss() -> None:
