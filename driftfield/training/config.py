@@ -17,12 +17,13 @@ from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, SafeLoader, YAMLError, parse  # type: ignore[import-untyped]
 
 from driftfield.training.schema import ConfigError, default_values, from_plain, nearest, to_plain
 
 T = TypeVar("T")
 EXPERIMENT = "experiment"
+MAX_DEPTH = 20
 
 
 def load_config(schema: type[T], *, config_dir: Path, config_name: str, overrides: Sequence[str] = ()) -> T:
@@ -56,9 +57,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML file as data alone: ``${...}`` stays text, so a foreign file reads neither environment nor files.
 
     Raises:
-        ConfigError: if it can't be read, is not a mapping, or gives a key twice.
+        ConfigError: if it can't be read, is not a mapping, gives a key twice, is nested deeply, or repeats itself by
+            aliases (``*name``), which let a short file fill the memory.
     """
     try:
+        _check_plain(path)
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path}: expected YAML: {_one_line(error)}") from error
@@ -132,6 +135,15 @@ def _set(data: Any, key: str, value: Any) -> None:
             raise ConfigError(f"unknown key {key!r}: {'.'.join(groups[: depth + 1])} is a single value")
         data = data[group]
     data[last] = value
+
+
+def _check_plain(path: Path) -> None:
+    depth = 0
+    with open(path, encoding="utf-8") as file:
+        for event in parse(file, Loader=SafeLoader):  # one by one, so a hostile file is left before it takes long
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if isinstance(event, AliasEvent) or depth > MAX_DEPTH:
+                raise ConfigError(f"{path}: expected YAML without aliases, at most {MAX_DEPTH} levels deep")
 
 
 def _refuse_targets(data: Any, where: str = "") -> None:

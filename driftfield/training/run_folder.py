@@ -55,7 +55,9 @@ class RunFolder:
         plain = to_plain(config)
         _probe(self.path)
         self._lock = _take_lock(self.path)
+        os.register_at_fork(after_in_child=self._forget_lock)
         try:
+            _delete_leftovers(self.path)
             self.resumed = _is_same_run(self.path, plain, may_change)
             write_text(self.path / CONFIG, to_yaml(plain))  # first: what follows may be missing after a kill
             _note_start(self.path / RUN)
@@ -67,6 +69,12 @@ class RunFolder:
         """Let the folder go to another process; a killed process lets it go too."""
         if self._lock is not None:
             os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def _forget_lock(self) -> None:
+        # A loader's worker may outlive a killed run for seconds and would hold its lock all the while.
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
@@ -86,9 +94,6 @@ def _probe(path: Path) -> None:
             write_text(probe, "probe\n")
         finally:
             probe.unlink(missing_ok=True)
-        for leftover in path.glob(f"{TEMPORARY_PREFIX}*"):
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
     except OSError as error:
         reason = "a file of that name exists" if isinstance(error, FileExistsError) else error.strerror
         raise RunFolderError(f"run folder {path}: expected a folder that can be written, found: {reason}") from error
@@ -108,6 +113,12 @@ def _take_lock(path: Path) -> int | None:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {_utc_now()}\n".encode())
     return descriptor
+
+
+def _delete_leftovers(path: Path) -> None:
+    for leftover in path.glob(f"{TEMPORARY_PREFIX}*"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
 
 
 def _is_same_run(path: Path, config: Mapping[str, Any], may_change: Collection[str]) -> bool:

@@ -79,10 +79,14 @@ def numbered_tensors(step: int) -> dict[str, dict[str, Tensor]]:
     return {"model": model, "ema": {"weight": model["weight"] / 2}, "rank-00000": {"queue": torch.full((7,), step)}}
 
 
-def hold(folder: Path) -> None:
-    """Open a run's folder and stay."""
+def hold(folder: Path, *, fork: bool = False) -> None:
+    """Open a run's folder and stay, together with a child if asked for, whose process id goes to ``child.txt``."""
     with RunFolder(folder, {}):
-        (folder / "held").touch()
+        child = os.fork() if fork else 0
+        if child:
+            (folder.parent / "child.txt").write_text(str(child), encoding="utf-8")
+        if child or not fork:
+            (folder.parent / "held").touch()
         time.sleep(60)
 
 

@@ -9,12 +9,15 @@ import random
 import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from killing import numbered_tensors, run_to_end, save_with_fault
 from safetensors.torch import save_file
 from torch import Tensor
@@ -401,6 +404,21 @@ def test_forged_json_ends_in_a_clean_error(tmp_path: Path, name: str, content: b
         write_manifest(tmp_path / "step-1", 1)
     with pytest.raises(CheckpointError, match=name):
         read_checkpoint(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "state.json", "model.safetensors"])
+@given(content=st.binary(max_size=300) | st.binary(max_size=60).map(lambda tail: struct.pack("<Q", 40) + b"{" + tail))
+def test_random_bytes_end_in_a_clean_error_or_in_data(name: str, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "step-1"
+        save(folder.parent, 1)
+        (folder / name).write_bytes(content)
+        if name != "MANIFEST.json":
+            write_manifest(folder, 1)
+        try:
+            read_checkpoint(folder.parent, 1)
+        except CheckpointError as error:
+            assert "step-1" in str(error)
 
 
 def test_a_huge_json_is_refused_unread(tmp_path: Path) -> None:

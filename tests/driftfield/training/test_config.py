@@ -220,9 +220,10 @@ def test_a_stored_configuration_reads_no_environment(tmp_path: Path, monkeypatch
         b"5\n",
         b"\xff\xfe\x00",
         b"a: [",
+        b"a: &b [1]\nc: *b\n",
         b"a: ${",
         b"a: !!python/name:os.system x\n",
-        b"[" * 5000,
+        b"[" * 100_0000,
     ],
 )
 def test_a_stored_configuration_that_is_none(tmp_path: Path, content: bytes) -> None:

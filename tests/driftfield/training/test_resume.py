@@ -36,10 +36,12 @@ def assert_finishes_like(folder: Path, undisturbed: str) -> None:
 
 def kill_at_random_lines(folder: Path, kills: int, seed: int) -> None:
     draw = random.Random(seed)
+    codes = []
     for _ in range(kills):
         line = draw.randrange(1, STEPS)
         process = start(toy_trainer.run, folder, STEPS)
-        kill_when(process, lambda line=line: lines_in(folder / "metrics.jsonl") >= line)
+        codes.append(kill_when(process, lambda line=line: lines_in(folder / "metrics.jsonl") >= line))
+    assert -signal.SIGKILL in codes
 
 
 def test_two_undisturbed_runs_agree(tmp_path: Path, undisturbed: str) -> None:

@@ -124,7 +124,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(hold, folder)
-    wait_until(process, (folder / "held").exists)
+    wait_until(process, (tmp_path / "held").exists)
     said = refusal(folder, {})
     assert f"in use by process {process.pid} on {os.uname().nodename}, started 20" in said
     assert kill_when(process, lambda: True) == -signal.SIGKILL
@@ -132,6 +132,26 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         assert run.resumed
         assert f"process {os.getpid()}" in refusal(folder, {})
     RunFolder(folder, {}).close()
+
+
+def test_a_worker_that_outlives_a_killed_run_holds_no_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(hold, folder, fork=True)
+    assert kill_when(process, (tmp_path / "held").exists) == -signal.SIGKILL
+    child = int((tmp_path / "child.txt").read_text(encoding="utf-8"))
+    try:
+        os.kill(child, 0)  # it lives
+        RunFolder(folder, {}).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_refused_second_start_leaves_the_first_one_s_files_alone(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG):
+        being_written = tmp_path / ".tmp-results.json-x"
+        being_written.touch()
+        refusal(tmp_path)
+        assert being_written.exists()
 
 
 def test_a_kill_at_any_point_of_opening_leaves_a_folder_that_opens(tmp_path: Path) -> None:
