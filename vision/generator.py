@@ -37,6 +37,9 @@ class ImageGenerator(Pretrained):
         num_context_tokens: tokens made from the condition and put before the patches.
         num_styles: random style slots S; 0 for none.
         num_style_entries: entries of each style slot.
+        output_gain: gain of the last layer's initial Xavier-uniform weights. 0, the paper's: the first images are all
+            equal. 1: they are spread like noise, from which a small network on few pixels spreads over the data at once
+            instead of first leaving the mean of each class.
         attention_in_float32: compute the attention itself in float32 although autocast is on.
 
     Raises:
@@ -65,6 +68,7 @@ class ImageGenerator(Pretrained):
         num_context_tokens: int = 16,
         num_styles: int = 32,
         num_style_entries: int = 64,
+        output_gain: float = 0.0,
         attention_in_float32: bool = True,
     ) -> None:
         super().__init__()
@@ -72,7 +76,8 @@ class ImageGenerator(Pretrained):
             "image_size": image_size, "channels": channels, "patch_size": patch_size, "hidden_size": hidden_size,
             "depth": depth, "num_heads": num_heads, "cond_size": cond_size, "num_classes": num_classes,
             "num_context_tokens": num_context_tokens, "num_styles": num_styles,
-            "num_style_entries": num_style_entries, "attention_in_float32": attention_in_float32,
+            "num_style_entries": num_style_entries, "output_gain": output_gain,
+            "attention_in_float32": attention_in_float32,
         }  # fmt: skip
         _check_sizes(self.config)
         self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
@@ -93,6 +98,8 @@ class ImageGenerator(Pretrained):
             for _ in range(depth)
         )
         self.final = FinalLayer(hidden_size, patch_channels, cond_size=cond_size)
+        if output_gain:
+            nn.init.xavier_uniform_(self.final.out.weight, gain=output_gain)
         num_tokens = num_context_tokens + grid_size * grid_size
         self.register_buffer("rotary", rotary_table(num_tokens, hidden_size // num_heads), persistent=False)
 
@@ -166,7 +173,7 @@ def sincos_positions(grid_size: int, hidden_size: int) -> Tensor:
 
 def _check_sizes(config: dict[str, Any]) -> None:
     for name, size in config.items():
-        least = 0 if name in ("num_styles", "attention_in_float32") else 1
+        least = 0 if name in ("num_styles", "output_gain", "attention_in_float32") else 1
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, found {size}")
     if config["image_size"] % config["patch_size"]:

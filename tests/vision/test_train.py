@@ -1,0 +1,220 @@
+"""`python -m vision.train` end to end on real images, small: what it leaves, how it resumes, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from driftfield.training import load_config, read_checkpoint, read_log, run_program
+from vision import train
+from vision.config import CONFIG_DIR, TrainConfig
+from vision.data import load
+from vision.train import Training
+
+TINY = (
+    "images=480", "labels_per_step=3", "generated_per_label=4", "positives_per_label=6", "unconditional_per_label=2",
+    "queue.push_per_step=8", "warmup_images=24", "checkpoint_every_images=120", "log_every_images=24",
+    "picture_every_images=240", "evaluate_images=100", "encoder.images=96", "encoder.batch_size=16",
+    "encoder.warmup_images=16", "encoder.base_channels=4", "generator.hidden_size=16", "generator.num_heads=2",
+    "generator.cond_size=16", "generator.depth=1", "judge.epochs=1", "device=cpu",
+)  # fmt: skip
+STEPS = 40  # 480 images, 12 a step
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("judge")
+
+
+def overrides(folder: Path, judge: Path, *more: str) -> list[str]:
+    return [*TINY, f"run_dir={folder / 'run'}", f"encoder.run_dir={folder / 'encoder'}", f"judge.folder={judge}", *more]
+
+
+def run(arguments: list[str]) -> int:
+    return run_program(
+        train.main, TrainConfig, config_dir=CONFIG_DIR, config_name="train", description="", arguments=arguments
+    )
+
+
+def final_state(folder: Path) -> dict[str, dict[str, Tensor]]:
+    loaded = read_checkpoint(folder / "run" / "checkpoints")
+    assert loaded is not None and loaded.step == STEPS
+    return loaded.tensors
+
+
+def assert_equal_bits(one: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]]) -> None:
+    assert one.keys() == other.keys()
+    for group in one:
+        assert one[group].keys() == other[group].keys()
+        for name in one[group]:
+            assert torch.equal(one[group][name], other[group][name]), f"{group}/{name}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, judge_folder: Path) -> Path:
+    """A run from start to end without disturbance."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(overrides(folder, judge_folder)) == 0
+    return folder
+
+
+def test_run_leaves_model_pictures_log_and_results(finished: Path) -> None:
+    results = json.loads((finished / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["images_seen"] == 480
+    assert results["evaluation"]["n_generated"] == 100
+    assert 0 <= results["evaluation"]["agreement"] <= 1
+    lines = read_log(finished / "run" / "metrics.jsonl")
+    assert [line["samples_seen"] for line in lines] == list(range(24, 481, 24))
+    assert all(line["lambda"] > 0 and line["rejected_steps"] == 0 for line in lines)
+    pictures = sorted((finished / "run" / "pictures").glob("*.png"))
+    assert len(pictures) == 2
+    for picture in [*pictures, finished / "run" / "training.gif", finished / "encoder" / "reconstruction.png"]:
+        with Image.open(picture) as image:
+            image.load()
+    model = train.ImageGenerator.from_pretrained(finished / "run" / "model")
+    ema = final_state(finished)["ema"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, ema[f"0.99/{name}"])
+
+
+def test_same_command_on_a_finished_run_changes_nothing(
+    finished: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "run" / "results.json").read_bytes()
+    assert run(overrides(finished, judge_folder)) == 0
+    assert (finished / "run" / "results.json").read_bytes() == before
+    assert "complete" in capsys.readouterr().out
+
+
+def test_killed_anywhere_and_started_again_ends_bit_identical(
+    finished: Path, judge_folder: Path, tmp_path: Path
+) -> None:
+    faults = ("mae.step.3:exit", "train.step.13:exit", "checkpoint.before_rename@20:exit", "train.step.39:exit")
+    command = [sys.executable, "-m", "vision.train", *overrides(tmp_path, judge_folder)]
+    for fault in faults:
+        environment = os.environ | {"DRIFTFIELD_FAULT": fault.replace("@20", "")}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert ended.returncode == 9, ended.stderr
+    assert run(overrides(tmp_path, judge_folder)) == 0
+    assert_equal_bits(final_state(tmp_path), final_state(finished))
+    logged = [
+        [(line["step"], line["loss"]) for line in read_log(folder / "run" / "metrics.jsonl")]
+        for folder in (tmp_path, finished)
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    finished: Path, judge_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Training.step
+
+    def step_with_signal(training: Training) -> train.StepResult:
+        if training.step_number == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(training)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "step", step_with_signal)
+        assert run(overrides(tmp_path, judge_folder)) == 143
+    stopped = read_checkpoint(tmp_path / "run" / "checkpoints")
+    assert stopped is not None and stopped.step == 18
+    assert run(overrides(tmp_path, judge_folder)) == 0
+    assert_equal_bits(final_state(tmp_path), final_state(finished))
+
+
+@pytest.fixture
+def training(finished: Path, judge_folder: Path) -> Training:
+    config = load_config(
+        TrainConfig, config_dir=CONFIG_DIR, config_name="train", overrides=overrides(finished, judge_folder)
+    )
+    return Training(config, load("digits", "train"), None, torch.device("cpu"))
+
+
+def test_gradient_that_is_not_finite_changes_nothing(training: Training) -> None:
+    training.step()
+    before = {
+        group: {name: tensor.clone() for name, tensor in named.items()} for group, named in training.tensors().items()
+    }
+    parameter = next(iter(training.generator.parameters()))
+    _, applied = training._update((parameter * float("nan")).sum())
+    assert not applied and training.rejected_steps == 1
+    assert_equal_bits(training.tensors(), before)
+
+
+def test_noise_of_a_slot_does_not_depend_on_the_other_slots(training: Training) -> None:
+    torch.nn.init.normal_(training.generator.final.out.weight)
+    labels, alpha = torch.tensor([4, 1, 7]), torch.tensor([1.0, 2.0, 3.0])
+    all_slots = training._draw_generated(labels, alpha)
+    first_two = training._draw_generated(labels[:2], alpha[:2])
+    torch.testing.assert_close(all_slots[:2], first_two, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(all_slots[0], all_slots[1])
+
+
+def test_every_epoch_takes_each_real_image_once(training: Training) -> None:
+    n = len(training.real)
+    ids = torch.cat([training._real_ids(start, min(100, 2 * n - start)) for start in range(0, 2 * n, 100)])
+    for epoch in ids.split(n):
+        assert torch.equal(epoch.sort().values, torch.arange(n))
+    assert not torch.equal(ids[:n], ids[n:])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learning_rte=1", ["learning_rte", "did you mean 'learning_rate'"]),
+        ("learning_rate=fast", ["learning_rate", "a number", "'fast'"]),
+        ("images=-5", ["images", ">= 1", "-5"]),
+        ("learning_rate=nan", ["learning_rate", "nan"]),
+        ("experiment=mnist", ["experiment", "fashion_mnist", "'mnist'"]),
+        ("data.folder=/nonexistent", ["/nonexistent"]),
+        ("positives_per_label=9", ["queue.per_class", "9"]),
+        ("run_dir=/dev/null/run", ["/dev/null/run"]),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(
+    override: str, words: list[str], tmp_path: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["queue.per_class=8"] if override.startswith("positives") else []
+    assert run([*overrides(tmp_path, judge_folder), *extra, override]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "\n" not in message and "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_class_with_too_few_images_is_named(
+    tmp_path: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = ("positives_per_label=200", "queue.per_class=200")
+    assert run([*overrides(tmp_path, judge_folder), *many]) == 2
+    assert "at least 200 images" in capsys.readouterr().err
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_folder_of_another_run_is_refused_naming_the_difference(
+    finished: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "run" / "config.yaml").read_bytes()
+    assert run(overrides(finished, judge_folder, "seed=1")) == 2
+    message = capsys.readouterr().err
+    assert "seed (was 0, now 1)" in message and "run_dir=" in message
+    assert (finished / "run" / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("experiment", ["", *sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))])
+def test_every_experiment_composes_and_builds(experiment: str) -> None:
+    chosen = [f"experiment={experiment}"] if experiment else []
+    config = load_config(TrainConfig, config_dir=CONFIG_DIR, config_name="train", overrides=chosen)
+    image_shape = {"digits": (1, 8), "fashion_mnist": (1, 32)}[config.data.name]
+    with torch.device("meta"):
+        generator = train.build_generator(config, channels=image_shape[0], image_size=image_shape[1], num_classes=10)
+    assert sum(parameter.numel() for parameter in generator.parameters()) > 0

@@ -1,0 +1,159 @@
+"""What the programs of `vision` can be told: one dataclass per part, its fields the keys of `configs/vision`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from driftfield.training import option
+from vision.data import DatasetName
+
+CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "vision"
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the images come from."""
+
+    name: DatasetName = option("data set")
+    folder: Path | None = option("folder of its files; null: scikit-learn, the system's package or an earlier download")
+    download: bool = option("fetch the files if they are nowhere")
+
+
+@dataclass(kw_only=True)
+class EncoderConfig:
+    """The masked autoencoder in whose features images drift (A.3); trained by `vision.train_mae`."""
+
+    run_dir: Path = option("folder of its training and its weights; trained there if it holds none")
+    features: str = option("families of features (A.5), letters of abcd; empty: drift in raw pixels alone")
+    seed: int = option("seed of its training", min=0)
+    base_channels: int = option("channels C of the first stage; each further stage doubles them", min=1)
+    patch_size: int = option("side of the pixel patches that make the channels of its map", min=1)
+    mask_patch: int = option("side of what is hidden at once, in locations of its map", min=1)
+    blocks: tuple[int, ...] = option("residual blocks of each stage; each further stage halves the map", min=1)
+    mask_ratio: float = option("probability that such a patch is hidden", above=0, below=1)
+    images: int = option("images to train on in all", min=1)
+    batch_size: int = option("images per step", min=1)
+    learning_rate: float = option("peak learning rate", above=0)
+    warmup_images: int = option("images until the peak", min=0)
+    weight_decay: float = option("AdamW's weight decay", min=0)
+    ema_decay: float = option("decay of the average of the weights", min=0, below=1)
+    clip_norm: float = option("largest norm of the gradient", above=0)
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig:
+    """The diffusion transformer that generates in one pass (A.2)."""
+
+    patch_size: int = option("side of a patch, in pixels", min=1)
+    hidden_size: int = option("channels of a token", min=4)
+    depth: int = option("number of blocks", min=1)
+    num_heads: int = option("attention heads", min=1)
+    cond_size: int = option("channels of the condition vector", min=1)
+    num_context_tokens: int = option("tokens made from the condition", min=1)
+    num_styles: int = option("random style slots", min=0)
+    num_style_entries: int = option("entries of each style slot", min=1)
+    output_gain: float = option("gain of the last layer's initial weights; 0: the paper's zero", min=0)
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Keywords of `driftfield.DriftingLoss`; null keeps the recipe's value."""
+
+    temperatures: tuple[float, ...] = option("τ, multiples of the mean distance", above=0)
+    recipe: Literal["official", "paper"] = option("the release's loss, or the plain Eq. 6")
+    normalize_features: bool | None = option("divide features by their scale (Eq. 21)")
+    normalize_drift: bool | None = option("divide the drift of each τ by its norm (Eq. 25)")
+    affinity_floor: float | None = option("lower bound of the squared affinity", min=0)
+    normalize_over: Literal["xy", "y", "none"] = option("softmax over targets and samples, targets alone, none")
+    attraction: float = option("factor on V+ (Table 1)", min=0)
+    repulsion: float = option("factor on V- (Table 1)", min=0)
+    check_finite: bool = option("stop at the first NaN or infinity, naming it; costs a wait for the device")
+
+
+@dataclass(kw_only=True)
+class GuidanceConfig:
+    """Distribution of the guidance scale α in training: p(α) ∝ α^-exponent on [low, high] (A.7)."""
+
+    exponent: float = option("k")
+    low: float = option("smallest α", min=1)
+    high: float = option("largest α", min=1)
+    share_at_one: float = option("share of α = 1 beside it", min=0, max=1)
+
+    def __post_init__(self) -> None:
+        if self.high < self.low:
+            raise ValueError(f"high: expected at least low = {self.low}, found {self.high}")
+
+
+@dataclass(kw_only=True)
+class QueueConfig:
+    """The queues of real samples (A.8)."""
+
+    per_class: int = option("real samples kept of each class", min=1)
+    unconditional: int = option("real samples kept of all classes together", min=1)
+    push_per_step: int = option("newest real samples taken in at each step", min=1)
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """The classifier that judges samples; training never sees it."""
+
+    folder: Path = option("where judges are kept; trained if there is none of these data and settings")
+    epochs: int | None = option("passes over the real training images; null: the data set's own number", min=1)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Keys of `python -m vision.train`."""
+
+    run_dir: Path = option("folder of the run; a run found there is resumed")
+    seed: int = option("seed of the weights, the noise and the order of the data", min=0)
+    device: Device = option("where to compute")
+    bfloat16: bool = option("activations in bfloat16; parameters and loss stay float32")
+    compile: bool = option("torch.compile the generator and the encoder")
+    data: DataConfig
+    encoder: EncoderConfig
+    generator: GeneratorConfig
+    loss: LossConfig
+    guidance: GuidanceConfig
+    queue: QueueConfig
+    judge: JudgeConfig
+    labels_per_step: int = option("N_c, groups per step", min=1)
+    generated_per_label: int = option("N, generated images per group", min=2)
+    positives_per_label: int = option("P, real images per group", min=1)
+    unconditional_per_label: int = option("M, real images of any class per group", min=1)
+    images: int = option("generated images to train on in all", min=1)
+    learning_rate: float = option("AdamW's peak learning rate", above=0)
+    warmup_images: int = option("images until the peak", min=0)
+    cooldown_fraction: float = option("last part of the run over which the rate falls to 0", min=0, max=1)
+    weight_decay: float = option("AdamW's weight decay", min=0)
+    clip_norm: float = option("largest norm of the gradient", above=0)
+    ema_decays: tuple[float, ...] = option("decays of the averages of the weights; the first is used", min=0, below=1)
+    checkpoint_every_images: int = option("generated images between two checkpoints", min=1)
+    log_every_images: int = option("generated images between two lines of the log", min=1)
+    picture_every_images: int = option("generated images between two pictures", min=1)
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = option("log writers beside metrics.jsonl")
+    real_features_mib: int = option("memory for the features of all real images, in MiB; else computed anew", min=0)
+    evaluate_images: int = option("one-step samples that the final evaluation judges", min=100)
+
+    def __post_init__(self) -> None:
+        if self.queue.per_class < self.positives_per_label:
+            raise ValueError(
+                f"queue.per_class: expected at least positives_per_label = {self.positives_per_label}, "
+                f"found {self.queue.per_class}"
+            )
+        if self.queue.unconditional < self.unconditional_per_label:
+            raise ValueError(
+                f"queue.unconditional: expected at least unconditional_per_label = {self.unconditional_per_label}, "
+                f"found {self.queue.unconditional}"
+            )
+        if self.queue.push_per_step < self.labels_per_step:
+            raise ValueError(
+                "queue.push_per_step: the labels of a step are those of the newest real samples, so expected at least "
+                f"labels_per_step = {self.labels_per_step}, found {self.queue.push_per_step}"
+            )
+
+    @property
+    def images_per_step(self) -> int:
+        """Generated images of one step, B = N_c · N."""
+        return self.labels_per_step * self.generated_per_label

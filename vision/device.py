@@ -1,0 +1,26 @@
+"""The device that a program computes on."""
+
+import os
+
+import torch
+
+from driftfield.training import UserError
+from vision.config import Device
+
+
+def choose_device(name: Device) -> torch.device:
+    """`auto` is the GPU where there is one; on a GPU, algorithms whose result is the same every time are asked for.
+
+    Raises:
+        UserError: a GPU is asked for and PyTorch finds none.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: expected a CUDA GPU, found none that PyTorch can use; device=cpu computes without")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
