@@ -100,7 +100,9 @@ class ToyTrainer:
         return hasher.hexdigest()
 
 
-def run(folder: Path, steps: int, *, fault: str = "", omit: str = "", pad_mib: int = 0) -> None:
+def run(
+    folder: Path, steps: int, *, fault: str = "", omit: str = "", pad_mib: int = 0, heartbeat: Path | None = None
+) -> None:
     """Train to a number of steps, resuming what the folder holds, and leave the digest of the final state there.
 
     Args:
@@ -109,6 +111,7 @@ def run(folder: Path, steps: int, *, fault: str = "", omit: str = "", pad_mib: i
         fault: what `DRIFTFIELD_FAULT` asks for.
         omit: an item of state that a resume forgets.
         pad_mib: weight of each checkpoint, to make its writing long enough to be hit.
+        heartbeat: file that grows by a line after each step of this process.
     """
     torch.set_num_threads(1)
     os.environ[VARIABLE] = fault
@@ -123,6 +126,9 @@ def run(folder: Path, steps: int, *, fault: str = "", omit: str = "", pad_mib: i
         with RunLog(folder, resume_step=done if loaded else None) as log:
             while done < steps:
                 loss = trainer.step(done)
+                if heartbeat is not None:
+                    with open(heartbeat, "ab") as file:
+                        file.write(b"\n")
                 fault_point(f"step.{done}")
                 done += 1
                 log.log(done, trainer.samples_seen, loss=loss)
