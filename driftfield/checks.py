@@ -1,5 +1,7 @@
 """What the public functions refuse, with the values in the message."""
 
+from typing import Any, get_args
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,22 @@ from torch import Tensor
 def working_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 input, float32 for anything narrower: a bfloat16 softmax at τ = 0.02 underflows."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of a Literal's.
+
+    Raises:
+        ValueError: it is not.
+
+    >>> from driftfield.kernel import NormalizeOver
+    >>> check_choice("normalize_over", "x", NormalizeOver)
+    Traceback (most recent call last):
+    ...
+    ValueError: normalize_over must be one of 'xy', 'y', 'none', got 'x'
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def check_points(**sets: Tensor) -> None:

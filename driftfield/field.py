@@ -3,20 +3,28 @@
 import torch
 from torch import Tensor
 
-from driftfield.checks import check_points, check_weight, working_dtype
+from driftfield.checks import check_choice, check_points, check_weight, working_dtype
 from driftfield.kernel import NormalizeOver, affinity, centre, distances
 
 
 def weighted_drift(
-    affinity: Tensor, x: Tensor, targets: Tensor, num_negatives: int, *, attraction: float = 1.0, repulsion: float = 1.0
+    affinity: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    num_negatives: int,
+    *,
+    negative_weight: Tensor | None = None,
+    attraction: float = 1.0,
+    repulsion: float = 1.0,
 ) -> Tensor:
     """V = W+ y+ - W- y-, every target taken relative to x (Eq. 10-11, Alg. 2).
 
     Args:
-        affinity: A, `[..., N, T]`, weights included.
+        affinity: A, `[..., N, T]`.
         x: `[..., N, D]`.
         targets: `[..., T, D]`, the negatives first.
-        num_negatives: how many of the T targets repel.
+        num_negatives: M, how many of the T targets repel.
+        negative_weight: `[..., M]`; 1 if absent.
         attraction, repulsion: factors on V+ and V- (Table 1).
 
     Returns:
@@ -27,10 +35,13 @@ def weighted_drift(
     0.5
     """
     negative, positive = affinity[..., :num_negatives], affinity[..., num_negatives:]
-    attract = attraction * positive * negative.sum(-1, keepdim=True)  # W+ = A+ ΣA-  [..., N, P]
-    repel = repulsion * negative * positive.sum(-1, keepdim=True)  # W- = A- ΣA+  [..., N, M]
-    coefficient = torch.cat([-repel, attract], -1)  # [..., N, T]
-    return coefficient @ targets - coefficient.sum(-1, keepdim=True) * x
+    if negative_weight is not None:  # after the normalisation, so that it acts linearly and 0 removes a sample
+        negative = negative * negative_weight[..., None, :]
+    attract = positive * (attraction * negative.sum(-1, keepdim=True))  # W+ = A+ ΣA-  [..., N, P]
+    repel = negative * (-repulsion * positive.sum(-1, keepdim=True))  # -W- = -A- ΣA+  [..., N, M]
+    coefficient = torch.cat([repel, attract], -1)  # [..., N, T]
+    # Σ coefficient (y - x), without an intermediate of that size
+    return torch.addcmul(coefficient @ targets, coefficient.sum(-1, keepdim=True), x, value=-1.0)
 
 
 @torch.no_grad()
@@ -49,8 +60,8 @@ def drifting_field(
 ) -> Tensor:
     """The drifting field V of Alg. 2 at every x: towards the positives, away from the negatives (Eq. 8-12).
 
-    V is anti-symmetric: exchanging positives and negatives flips its sign (without `mask_self`), so V = 0 when both
-    are the same set. Leading dimensions are independent groups. Computed in float32 (float64 for float64 input)
+    V is anti-symmetric: exchanging positives and negatives flips its sign, so V = 0 when both are the same set (exactly
+    so without `mask_self`). Leading dimensions are independent groups. Computed in float32 (float64 for float64 input)
     without gradient.
 
     Args:
@@ -59,8 +70,9 @@ def drifting_field(
         negatives: `[..., M, D]`, usually x itself, followed by unconditional real samples under guidance.
         temperature: τ > 0, in the unit of the distances between samples.
         negative_weight: `[..., M]`, >= 0, acts linearly, after the normalisation (A.7).
-        mask_self: `negatives[..., :N, :]` is x itself, and a sample does not repel itself. Anti-symmetry then holds
-            in expectation only.
+        mask_self: `negatives[..., :N, :]` is x itself, and a sample does not count itself. This is what makes V vanish
+            on average where the other samples and the positives are fresh draws of one distribution (with "xy" up to a
+            small bias, as masked columns have one entry less); without it every sample is drawn inwards.
         normalize_over: "xy", "y" or "none" (Table 11).
         affinity_floor: lower bound of the squared affinity; the release's loss has 1e-6.
         attraction, repulsion: factors on V+ and V- (Table 1).
@@ -83,6 +95,9 @@ def drifting_field(
     num_samples, num_negatives = x.shape[-2], negatives.shape[-2]
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not affinity_floor >= 0:
+        raise ValueError(f"affinity_floor must be >= 0, got {affinity_floor}")
+    check_choice("normalize_over", normalize_over, NormalizeOver)
     if mask_self and num_negatives < num_samples:
         raise ValueError(
             f"mask_self expects x among the negatives: at least {num_samples} negatives, got {num_negatives}"
@@ -91,20 +106,22 @@ def drifting_field(
         raise ValueError("mask_self leaves no negative: with one sample give another negative, or an affinity_floor")
     dtype = working_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        points = centre(x.to(dtype), torch.cat([negatives, positives], -2).to(dtype))
+        points, unit, *_ = centre(torch.cat([x, negatives, positives], -2).detach().to(dtype))
+        x_centred, targets = points[..., :num_samples, :], points[..., num_samples:, :]
         weights = affinity(
-            distances(points) * points.unit,
+            distances(x_centred, targets, unit),
             temperature,
             normalize_over=normalize_over,
             mask_self=mask_self,
             floor=affinity_floor,
         )  # [..., N, M+P]
-        if negative_weight is not None:
-            weights = torch.cat(
-                [weights[..., :num_negatives] * negative_weight[..., None, :].to(dtype), weights[..., num_negatives:]],
-                -1,
-            )
         drift = weighted_drift(
-            weights, points.x, points.targets, num_negatives, attraction=attraction, repulsion=repulsion
+            weights,
+            x_centred,
+            targets,
+            num_negatives,
+            negative_weight=None if negative_weight is None else negative_weight.detach().to(dtype),
+            attraction=attraction,
+            repulsion=repulsion,
         )
-        return (drift * points.unit).to(x.dtype)
+        return (drift * unit).to(x.dtype)

@@ -22,7 +22,7 @@ def unconditional_weight(alpha: float | Tensor, num_generated: int, num_uncondit
         num_unconditional: M >= 1.
 
     Raises:
-        ValueError: M < 1 or N < 1.
+        ValueError: M < 1, N < 1, or a number alpha < 1 (a tensor's values are not looked at, they may be on a device).
 
     Returns:
         w, like `alpha`.
@@ -34,6 +34,8 @@ def unconditional_weight(alpha: float | Tensor, num_generated: int, num_uncondit
         raise ValueError(
             f"expected at least 1 generated and 1 unconditional sample, got {num_generated} and {num_unconditional}"
         )
+    if not isinstance(alpha, Tensor) and not alpha >= 1.0:
+        raise ValueError(f"alpha must be >= 1, got {alpha}")
     return (alpha - 1.0) * (num_generated - 1) / num_unconditional
 
 

@@ -11,56 +11,61 @@ NormalizeOver = Literal["xy", "y", "none"]
 
 
 class CentredPoints(NamedTuple):
-    """Points of a group, moved to their common centre and divided by `unit`: same field, no cancellation."""
+    """Points relative to the centre of their group, divided by `unit`: same field, no cancellation, no overflow."""
 
-    x: Tensor  # [..., N, D]
-    targets: Tensor  # [..., T, D]
-    unit: Tensor  # [], a power of two, at least 1
-
-
-def centre(x: Tensor, targets: Tensor) -> CentredPoints:
-    """Move every group to its centre, and shrink values whose squares would overflow.
-
-    |x|² + |y|² - 2 x·y cancels when points lie far from the origin, so the origin moves to the points. The first
-    target goes there before the mean does: its subtraction is exact for equal points, so that a batch of equal points
-    becomes exactly zero instead of rounding noise. Division by a power of two is exact.
-
-    Args:
-        x: `[..., N, D]`, float32 or float64.
-        targets: `[..., T, D]`, T >= 1.
-
-    Returns:
-        The same points as `CentredPoints(x, targets, unit)`.
-
-    >>> points = centre(torch.tensor([[100.0], [102.0]]), torch.tensor([[100.0], [102.0]]))
-    >>> points.targets.flatten().tolist()
-    [-1.0, 1.0]
-    """
-    anchor = targets[..., :1, :]
-    mean = (targets - anchor).mean(-2, keepdim=True)
-    x, targets = (x - anchor) - mean, (targets - anchor) - mean
-    largest = torch.maximum(x.abs().amax(), targets.abs().amax())
-    unit = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=1.0))))
-    return CentredPoints(x / unit, targets / unit, unit)
+    points: Tensor  # [..., K, D]
+    unit: Tensor  # [..., 1, 1], a power of two, at least 1
+    lowest: Tensor  # [..., 1, D], the bounds of each coordinate before centring
+    highest: Tensor  # [..., 1, D]
 
 
-def distances(points: CentredPoints) -> Tensor:
-    """Euclidean distances from each x to each target of its group, never below 1e-4.
+def centre(points: Tensor) -> CentredPoints:
+    """Move every group to its mean, and shrink values whose squares would overflow.
+
+    |x|² + |y|² - 2 x·y cancels when points lie far from the origin, so the origin moves to the points. Division by a
+    power of two is exact.
 
     Args:
-        points: as `centre` returns them.
+        points: `[..., K, D]`, float32 or float64.
 
     Returns:
-        `[..., N, T]` in units of `points.unit`.
+        The same points as `CentredPoints`.
 
-    >>> points = centre(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    >>> [round(distance, 3) for distance in (distances(points) * points.unit).flatten().tolist()]
-    [5.0, 0.0]
+    >>> centre(torch.tensor([[100.0], [101.0]])).points.flatten().tolist()
+    [-0.5, 0.5]
     """
-    x, targets, unit = points
-    squared = x.square().sum(-1)[..., :, None] + targets.square().sum(-1)[..., None, :]  # [..., N, T]
-    squared = squared - 2.0 * x @ targets.mT
-    return squared.clamp(min=SQUARED_DISTANCE_FLOOR / unit.square()).sqrt()
+    lowest, highest = points.amin(-2, keepdim=True), points.amax(-2, keepdim=True)
+    # Rounding may put the mean of equal points beside them; between the bounds it is they, and they become exactly 0.
+    mean = points.mean(-2, keepdim=True).clamp(lowest, highest)
+    extent = (highest - lowest).amax(-1, keepdim=True)
+    unit = torch.exp2(torch.ceil(torch.log2(extent.clamp(min=1.0))))
+    return CentredPoints((points - mean).div_(unit), unit, lowest, highest)
+
+
+def distances(x: Tensor, targets: Tensor, unit: Tensor) -> Tensor:
+    """Euclidean distances from each x to each target of its group, never below 1e-4 (0 where points spread over 1e19).
+
+    Args:
+        x: `[..., N, D]`, some of the points that `centre` returned.
+        targets: `[..., T, D]`, likewise.
+        unit: theirs, `[..., 1, 1]`.
+
+    Returns:
+        `[..., N, T]`, in the unit of the points before `centre`.
+
+    >>> points, unit, *_ = centre(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    >>> [round(distance, 3) for distance in distances(points[:1], points, unit).flatten().tolist()]
+    [0.0, 5.0]
+    """
+    x_norm, target_norm = (torch.linalg.vector_norm(points, dim=-1).square() for points in (x, targets))
+    x_norm, target_norm = x_norm[..., :, None], target_norm[..., None, :]
+    squared = torch.sub(x_norm + target_norm, x @ targets.mT, alpha=2.0)  # [..., N, T]
+    # Equal points (a sample and itself, a real sample given twice) have equal norms to the bit, and what is left of
+    # their distance is rounding, some 1e-3 of the norm in float32: too much beside τ = 0.02.
+    rounding = (8.0 + x.shape[-1] ** 0.5) * torch.finfo(x.dtype).eps
+    coincide = (x_norm == target_norm) & (squared <= rounding * x_norm)
+    squared = squared.masked_fill(coincide, 0.0)
+    return squared.clamp(min=SQUARED_DISTANCE_FLOOR / unit.square()).sqrt() * unit
 
 
 def affinity(
@@ -87,7 +92,7 @@ def affinity(
     >>> affinity(torch.tensor([[1.0, 1.0]]), 0.5, normalize_over="y").tolist()
     [[0.5, 0.5]]
     """
-    logits = -distance / temperature  # [..., N, T]
+    logits = distance / -temperature  # [..., N, T]
     if mask_self:
         self_pair = torch.eye(*logits.shape[-2:], dtype=torch.bool, device=logits.device)
         # finite, so that a column of nothing but masked pairs (N = 1) still has a softmax

@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from driftfield.checks import check_finite, check_points, check_weight, working_dtype
+from driftfield.checks import check_choice, check_finite, check_points, check_weight, working_dtype
 from driftfield.field import weighted_drift
-from driftfield.kernel import CentredPoints, NormalizeOver, affinity, centre, distances
-from driftfield.normalization import distance_sums, force_sums, sum_over_processes
+from driftfield.kernel import NormalizeOver, affinity, centre, distances
+from driftfield.normalization import count_varying, distance_sums, force_sums, sum_over_processes
 
 SCALE_FLOOR = 1e-3  # the release's lower bound of the feature scale
 SQUARED_DRIFT_NORM_FLOOR = 1e-8  # the release's lower bound of λ²
+CALLER_OF_MODULE = 5  # frames from a warning in a helper of forward to who called the nn.Module
 
 Recipe = Literal["official", "paper"]
 
@@ -24,7 +25,7 @@ class DriftingOutput(NamedTuple):
     loss: Tensor  # [...], one per group; its mean is what to minimise
     drift_norm: Tensor  # [temperatures], λ before normalisation: this is the curve that shows progress
     feature_scale: Tensor  # [], s: mean distance of a generated sample to its targets
-    degenerate: Tensor  # [] bool: all samples of the batch agree within rounding, the drift is 0
+    degenerate: Tensor  # [] bool: within every group all samples agree up to rounding, and the drift is 0
 
 
 class DriftStatistics(NamedTuple):
@@ -45,11 +46,12 @@ class DriftingBatch(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    points: CentredPoints  # targets are [x, unconditional, positives]
-    weight: Tensor  # [..., N+M+P]
+    targets: Tensor  # [x, unconditional, positives], centred, in units of `unit`  [..., N+M+P, D]
+    unit: Tensor  # [..., 1, 1]
     distance: Tensor  # [..., N, N+M+P]
     num_negatives: int  # N+M
-    spread_sums: Tensor  # [1], how many entries differ from their group's centre by more than rounding
+    negative_weight: Tensor | None  # [..., N+M]
+    scale_sums: Tensor  # [3], what _scale_and_degenerate needs of this process or microbatch
 
 
 class DriftingLoss(nn.Module):
@@ -97,14 +99,12 @@ class DriftingLoss(nn.Module):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        if not temperatures or not all(temperature > 0 for temperature in temperatures):
-            raise ValueError(f"temperatures must be one or more numbers > 0, got {temperatures}")
-        if recipe not in ("official", "paper"):
-            raise ValueError(f"recipe must be 'official' or 'paper', got {recipe!r}")
-        if normalize_over not in ("xy", "y", "none"):
-            raise ValueError(f"normalize_over must be 'xy', 'y' or 'none', got {normalize_over!r}")
-        official = recipe == "official"
         self.temperatures = tuple(temperatures)
+        if not self.temperatures or not all(temperature > 0 for temperature in self.temperatures):
+            raise ValueError(f"temperatures must be one or more numbers > 0, got {self.temperatures}")
+        check_choice("recipe", recipe, Recipe)
+        check_choice("normalize_over", normalize_over, NormalizeOver)
+        official = recipe == "official"
         self.normalize_features = official if normalize_features is None else normalize_features
         self.normalize_drift = official if normalize_drift is None else normalize_drift
         self.affinity_floor = (1e-6 if official else 0.0) if affinity_floor is None else affinity_floor
@@ -112,7 +112,7 @@ class DriftingLoss(nn.Module):
         self.attraction = attraction
         self.repulsion = repulsion
         self.check_finite = check_finite
-        if self.affinity_floor < 0:
+        if not self.affinity_floor >= 0:
             raise ValueError(f"affinity_floor must be >= 0, got {affinity_floor}")
 
     def forward(
@@ -143,18 +143,22 @@ class DriftingLoss(nn.Module):
         """
         batch = DriftingBatch(x, positives, unconditional, unconditional_weight)
         self._check(batch)
+        if self.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
+            _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None)
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
                 pairs = _pairs(batch)
                 if statistics is None:
-                    scale, degenerate = _scale_and_degenerate(_scale_sums(pairs))
+                    scale, degenerate = _scale_and_degenerate(pairs.scale_sums)
                     forces = self._forces(pairs, scale)  # one [..., N, D] per temperature
                     drift_norm = _drift_norm(force_sums(forces))
                 else:
                     scale, drift_norm, degenerate = statistics
                     forces = self._forces(pairs, scale)
-                drift = self._total_drift(forces, drift_norm).masked_fill(degenerate, 0.0)  # V  [..., N, D]
+                drift = self._total_drift(forces, drift_norm, degenerate)  # V  [..., N, D]
                 coordinate_scale = self._coordinate_scale(scale, x.shape[-1])
+            if self.check_finite:
+                check_finite(feature_scale=scale, drift_norm=drift_norm)
             # Eq. 6: || x - stopgrad(x + V) ||². x - stopgrad(x) is taken first: it is 0, whatever x rounds to.
             moved = (x - x.detach()).to(drift.dtype) / coordinate_scale
             loss = (moved - drift).square().mean((-2, -1))
@@ -165,7 +169,10 @@ class DriftingLoss(nn.Module):
         """Scalars of the batch that the microbatches make up: the first pass of exact gradient accumulation.
 
         Args:
-            microbatches: the whole batch in pieces along the groups; iterated over twice.
+            microbatches: the whole batch in pieces along the groups, all held in memory.
+
+        Raises:
+            TypeError, ValueError: there are none, or as `forward` raises.
 
         Returns:
             What to pass as `statistics` to every call of the second pass.
@@ -182,7 +189,7 @@ class DriftingLoss(nn.Module):
         for part in parts:
             self._check(part)
         with torch.autocast(parts[0].x.device.type, enabled=False):
-            scale, degenerate = _scale_and_degenerate(_total(_scale_sums(_pairs(part)) for part in parts))
+            scale, degenerate = _scale_and_degenerate(_total(_pairs(part).scale_sums for part in parts))
             sums = _total(force_sums(self._forces(_pairs(part), scale)) for part in parts)
             return DriftStatistics(scale, _drift_norm(sums), degenerate)
 
@@ -192,11 +199,11 @@ class DriftingLoss(nn.Module):
 
     def _forces(self, pairs: _Pairs, scale: Tensor) -> list[Tensor]:
         """V of every temperature before its normalisation, in normalised coordinates, `[..., N, D]` each."""
-        (x, targets, unit), distance = pairs.points, pairs.distance
-        kernel_scale = scale.clamp(min=SCALE_FLOOR) if self.normalize_features else torch.ones_like(scale)
-        distance = distance * (unit / kernel_scale)  # τ multiplies the mean distance (Eq. 22)
-        coordinate = unit / self._coordinate_scale(scale, x.shape[-1])
-        x, targets = x * coordinate, targets * coordinate
+        distance, targets = pairs.distance, pairs.targets
+        if self.normalize_features:
+            distance = distance / scale.clamp(min=SCALE_FLOOR)  # τ multiplies the mean distance (Eq. 22)
+        targets = targets * (pairs.unit / self._coordinate_scale(scale, targets.shape[-1]))
+        x = targets[..., : distance.shape[-2], :]
         forces = []
         for temperature in self.temperatures:
             weights = affinity(
@@ -206,34 +213,38 @@ class DriftingLoss(nn.Module):
                 mask_self=True,
                 floor=self.affinity_floor,
             )  # [..., N, N+M+P]
-            weights = weights * pairs.weight[..., None, :]  # after both softmaxes: w acts linearly, and w = 0 is exact
             forces.append(
                 weighted_drift(
-                    weights, x, targets, pairs.num_negatives, attraction=self.attraction, repulsion=self.repulsion
+                    weights,
+                    x,
+                    targets,
+                    pairs.num_negatives,
+                    negative_weight=pairs.negative_weight,
+                    attraction=self.attraction,
+                    repulsion=self.repulsion,
                 )
             )
         return forces
 
-    def _total_drift(self, forces: list[Tensor], drift_norm: Tensor) -> Tensor:
-        """V = Σ_τ V_τ/λ_τ (Eq. 25-26), or Σ_τ V_τ."""
-        if not self.normalize_drift:
-            return torch.stack(forces).sum(0)
-        divisor = drift_norm.clamp(min=SQUARED_DRIFT_NORM_FLOOR**0.5)  # [temperatures]
-        return torch.stack([force / divisor[i] for i, force in enumerate(forces)]).sum(0)
+    def _total_drift(self, forces: list[Tensor], drift_norm: Tensor, degenerate: Tensor) -> Tensor:
+        """V = Σ_τ V_τ/λ_τ (Eq. 25-26), or Σ_τ V_τ; 0 where there is nothing but rounding to normalise."""
+        factor = torch.ones_like(drift_norm)  # [temperatures]
+        if self.normalize_drift:
+            factor = 1.0 / drift_norm.clamp(min=SQUARED_DRIFT_NORM_FLOOR**0.5)
+        factor = factor.masked_fill(degenerate, 0.0)
+        drift = forces[0] * factor[0]
+        for i in range(1, len(forces)):
+            drift = torch.addcmul(drift, forces[i], factor[i])
+        return drift
 
     def _check(self, batch: DriftingBatch) -> None:
         x, positives, unconditional, weight = batch
         check_points(x=x, positives=positives, **({} if unconditional is None else {"unconditional": unconditional}))
         check_weight("unconditional_weight", weight, "unconditional", unconditional)
-        samples, alone = x.shape[-2], x.shape[-2] == 1 and unconditional is None
-        if alone and self.affinity_floor == 0:
+        if x.shape[-2] == 1 and unconditional is None and self.affinity_floor == 0:
             raise ValueError("a group of one generated sample has nothing that repels it: give 2 or unconditional ones")
-        if torch.compiler.is_compiling():
-            return
         if self.check_finite:
             check_finite(x=x, positives=positives, unconditional=unconditional, unconditional_weight=weight)
-        if self.normalize_drift and self.normalize_features:
-            _warn_of_regression(samples, positives.shape[-2], alone)
 
 
 def sum_over_features(
@@ -242,6 +253,8 @@ def sum_over_features(
     positives: Mapping[str, Tensor],
     unconditional: Mapping[str, Tensor] | None = None,
     unconditional_weight: Tensor | None = None,
+    *,
+    statistics: Mapping[str, DriftStatistics] | None = None,
 ) -> DriftingOutput:
     """Loss Σ_j over features φ_j, each with its own scale and drift norms (Eq. 13-14, A.5).
 
@@ -254,8 +267,10 @@ def sum_over_features(
         positives: the same names to `[B, ..., P, D]`.
         unconditional: the same names to `[B, ..., M, D]`.
         unconditional_weight: `[B, M]`, the same for all features and locations.
+        statistics: the same names to what `loss_fn.statistics` returned (exact gradient accumulation).
 
     Raises:
+        TypeError: as `DriftingLoss` raises, with the name of the feature.
         ValueError: no features, names differ, or as `DriftingLoss` raises, with the name of the feature.
 
     Returns:
@@ -268,48 +283,55 @@ def sum_over_features(
     """
     if not x:
         raise ValueError("x has no features, expected at least one")
-    for other_name, other in {"positives": positives, "unconditional": unconditional}.items():
+    others = {"positives": positives, "unconditional": unconditional, "statistics": statistics}
+    for other_name, other in others.items():
         if other is not None and other.keys() != x.keys():
             raise ValueError(f"{other_name} has features {sorted(other)}, expected those of x: {sorted(x)}")
     outputs = []
     for name, feature in x.items():
         weight = unconditional_weight
-        if weight is not None:
-            locations = feature.ndim - 3
-            weight = weight.reshape(len(weight), *[1] * locations, -1)  # [B, ..., M]
         try:
-            output = loss_fn(feature, positives[name], unconditional[name] if unconditional else None, weight)
+            check_points(x=feature)
+            if feature.ndim < 3:
+                raise ValueError(f"x must be [B, ..., N, D], got {list(feature.shape)}")
+            if isinstance(weight, Tensor) and weight.ndim == 2:
+                weight = weight.reshape(weight.shape[0], *[1] * (feature.ndim - 3), weight.shape[1])  # [B, ..., M]
+            output = loss_fn(
+                feature,
+                positives[name],
+                None if unconditional is None else unconditional[name],
+                weight,
+                statistics=None if statistics is None else statistics[name],
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"feature {name!r}: {error}") from error
-        outputs.append(output._replace(loss=output.loss.flatten(1).mean(1) if output.loss.ndim > 1 else output.loss))
+        outputs.append(output._replace(loss=output.loss.reshape(feature.shape[0], -1).mean(1)))  # [B]
     loss, drift_norm, feature_scale, degenerate = (torch.stack(parts) for parts in zip(*outputs, strict=True))
     return DriftingOutput(loss.sum(0), drift_norm, feature_scale, degenerate)
 
 
 def _pairs(batch: DriftingBatch) -> _Pairs:
-    """Targets [x, unconditional, positives] of every x, their weights and distances."""
+    """Targets [x, unconditional, positives], the distance of every x to each, and the sums they contribute."""
     x, positives, unconditional, unconditional_weight = batch
     dtype = working_dtype(x)
-    x = x.detach()
     negatives = [x] if unconditional is None else [x, unconditional]
-    targets = torch.cat([*negatives, positives], -2).detach()  # [..., N+M+P, D]
-    weight = torch.ones(targets.shape[:-1], dtype=dtype, device=x.device)
-    num_negatives = targets.shape[-2] - positives.shape[-2]
+    centred = centre(torch.cat([*negatives, positives], -2).detach().to(dtype))
+    targets, unit = centred.points, centred.unit  # [..., N+M+P, D]
+    weight = torch.ones(targets.shape[:-1], dtype=dtype, device=x.device)  # [..., N+M+P]
+    num_samples, num_negatives = x.shape[-2], targets.shape[-2] - positives.shape[-2]
+    negative_weight = None
     if unconditional_weight is not None:
-        given = unconditional_weight.detach().to(dtype).expand(*x.shape[:-2], num_negatives - x.shape[-2])
-        weight = torch.cat([weight[..., : x.shape[-2]], given, weight[..., num_negatives:]], -1)
-    points = centre(x.to(dtype), targets.to(dtype))
-    differs = (points.targets * points.unit).abs() > torch.finfo(x.dtype).eps * targets.to(dtype).abs()
-    return _Pairs(points, weight, distances(points), num_negatives, differs.sum().to(dtype)[None])
-
-
-def _scale_sums(pairs: _Pairs) -> Tensor:
-    return torch.cat([distance_sums(pairs.distance, pairs.weight, pairs.points.unit), pairs.spread_sums])  # [3]
+        given = unconditional_weight.detach().to(dtype).expand(*x.shape[:-2], num_negatives - num_samples)
+        weight = torch.cat([weight[..., :num_samples], given, weight[..., num_negatives:]], -1)
+        negative_weight = weight[..., :num_negatives]
+    distance = distances(targets[..., :num_samples, :], targets, unit)
+    scale_sums = torch.cat([distance_sums(distance, weight), count_varying(centred, x.dtype)[None]])
+    return _Pairs(targets, unit, distance, num_negatives, negative_weight, scale_sums)
 
 
 def _scale_and_degenerate(sums: Tensor) -> tuple[Tensor, Tensor]:
-    weighted, weights, spread = sum_over_processes(sums)
-    return weighted / weights, spread == 0
+    weighted, weights, varying = sum_over_processes(sums)
+    return weighted / weights, varying == 0
 
 
 def _drift_norm(sums: Tensor) -> Tensor:
@@ -321,16 +343,16 @@ def _total(sums: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(sums)).sum(0)
 
 
-def _warn_of_regression(num_generated: int, num_positives: int, alone: bool) -> None:
-    if alone:
+def _warn_of_regression(num_generated: int, num_positives: int, without_unconditional: bool) -> None:
+    if num_generated == 1 and without_unconditional:
         warnings.warn(
-            "one generated sample per group has nothing to repel it: the loss is normalised regression (its value is "
-            "exactly the number of temperatures squared). Give at least 2 generated samples per group.",
-            stacklevel=4,
+            "one generated sample per group has nothing to repel it: the loss is regression onto a mean of the "
+            "positives. Give at least 2 generated samples per group.",
+            stacklevel=CALLER_OF_MODULE,
         )
     elif num_positives == 1 and num_generated >= 4:
         warnings.warn(
             f"one positive and {num_generated} generated samples per group: all samples drift to the same point, which "
             "is regression to the conditional mean. Give several positives per group.",
-            stacklevel=4,
+            stacklevel=CALLER_OF_MODULE,
         )

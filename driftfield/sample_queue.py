@@ -48,15 +48,15 @@ class SampleQueue:
             labels: `[K]` int64.
 
         Raises:
-            ValueError: shapes do not fit, or a label is out of range.
+            ValueError: shapes or dtypes do not fit, or a label is out of range.
         """
+        self._check_labels(labels)
         num_classes, capacity = self.samples.shape[:2]
         if samples.shape != (len(labels), *self.samples.shape[2:]) or samples.dtype != self.samples.dtype:
             raise ValueError(
                 f"expected samples [{len(labels)}, *{list(self.samples.shape[2:])}] of {self.samples.dtype}, "
                 f"got {list(samples.shape)} of {samples.dtype}"
             )
-        self._check_labels(labels)
         order = labels.argsort(stable=True)
         labels, samples = labels[order], samples[order]
         added = labels.bincount(minlength=num_classes)  # [classes]
@@ -75,12 +75,14 @@ class SampleQueue:
             generator: source of randomness, on the CPU.
 
         Raises:
-            ValueError: a label is out of range, or its class holds fewer than `count` samples.
+            ValueError: a label is out of range, its class holds fewer than `count` samples, or count < 1.
 
         Returns:
             `[B, count, *sample_shape]`.
         """
         self._check_labels(labels)
+        if count < 1:
+            raise ValueError(f"expected count >= 1, got {count}")
         held = self.counts[labels]  # [B]
         if bool((held < count).any()):
             worst = int(labels[held.argmin()])
@@ -108,6 +110,8 @@ class SampleQueue:
         self.pushed = state["pushed"].clone()
 
     def _check_labels(self, labels: Tensor) -> None:
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be [K] of torch.int64, got {list(labels.shape)} of {labels.dtype}")
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < len(self.samples)):
             raise ValueError(
                 f"labels must lie in [0, {len(self.samples)}), got {int(labels.min())} to {int(labels.max())}"
