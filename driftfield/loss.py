@@ -183,7 +183,7 @@ class DriftingLoss(nn.Module):
         >>> torch.allclose(exact, loss_fn(x, real).loss)
         True
         """
-        parts = list(microbatches)
+        parts = [DriftingBatch(*part) for part in microbatches]
         if not parts:
             raise ValueError("microbatches is empty, expected at least one DriftingBatch")
         for part in parts:
