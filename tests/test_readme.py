@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = ("cd", "git", "pip", "source", "sudo", "tensorboard")
 # What makes a program finish within seconds, added to the end of its command line.
 SMOKE: dict[str, tuple[str, ...]] = {
-    "driftfield.toy": (),
-    "vision.train": ("steps=2",),
+    "driftfield.toy": ("--steps", "20"),
+    "vision.train": ("images=320", "encoder.images=256", "judge.epochs=1", "evaluate_images=100"),
     "vision.sample": (),
-    "vision.evaluate": (),
+    "vision.evaluate": ("num=100", "guidance_scales=[1,2]"),
 }
 
 

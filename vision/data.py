@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from driftfield.training.errors import UserError
+
 DatasetName = Literal["digits", "fashion_mnist"]
 Split = Literal["train", "test"]
 
@@ -34,7 +36,7 @@ DIGITS_TEST_PER_CLASS = 50
 DIGITS_SPLIT_SEED = 2602  # of numpy's RandomState, whose stream is frozen for good
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set that cannot be used as it is; the message names the place, what was expected and what was found."""
 
 

@@ -77,7 +77,11 @@ class Training:
             config, channels=channels, image_size=image_size, num_classes=real.num_classes
         ).to(device)
         self.optimizer = torch.optim.AdamW(
-            self.generator.named_parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
+            self.generator.named_parameters(),
+            lr=config.learning_rate,
+            betas=BETAS,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.ema = EMA(self.generator, decays=config.ema_decays, warmup=True)
         self.loss = DriftingLoss(**to_plain(config.loss))
@@ -350,7 +354,7 @@ def _save_picture(training: Training, folder: Path) -> None:
 def main(config: TrainConfig) -> int:
     """Train, judge, and say where everything is."""
     _load(config, "train").require_per_class(config.positives_per_label, purpose="the positives of a step")
-    with RunFolder(config.run_dir, config) as folder, StopRequest() as stop:
+    with RunFolder(config.run_dir, config, may_change=("run_dir",)) as folder, StopRequest() as stop:
         results = folder.path / RESULTS
         if results.exists():
             print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete {folder.path}")

@@ -16,6 +16,7 @@ from driftfield.training import (
     StopRequest,
     fault_point,
     generator,
+    is_same_run,
     load_optimizer,
     optimizer_state,
     run_program,
@@ -46,9 +47,13 @@ def pretrained_encoder(config: EncoderConfig, real: ImageSet, device: torch.devi
         Stopped: a stop was requested; a checkpoint is written and the same call goes on from there.
         RunFolderError: the folder holds an encoder trained otherwise.
     """
-    with RunFolder(config.run_dir, {"encoder": to_plain(config), "data": real.fingerprint}) as folder:
-        weights = folder.path / WEIGHTS
-        if not (weights / "config.json").exists():
+    identity = {"encoder": to_plain(config), "data": real.fingerprint}
+    may_change = ("encoder.run_dir",)
+    weights = config.run_dir / WEIGHTS
+    if (weights / "config.json").exists():  # finished: any number of runs may read it
+        is_same_run(config.run_dir, identity, may_change)
+    else:
+        with RunFolder(config.run_dir, identity, may_change=may_change) as folder:
             _train(config, real, device, stop, folder.path)
     return ResNetMAE.from_pretrained(weights).to(device).requires_grad_(False)
 
@@ -70,7 +75,7 @@ def _train(config: EncoderConfig, real: ImageSet, device: torch.device, stop: St
             num_classes=real.num_classes,
         ).to(device)
     optimizer = torch.optim.AdamW(
-        model.named_parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
+        model.named_parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
     )
     ema = EMA(model, decays=(config.ema_decay,), warmup=True)
     checkpoint = Checkpoint(folder / "checkpoints")

@@ -9,7 +9,7 @@ from driftfield.training.interrupt import StopRequest
 from driftfield.training.optimizer_state import OptimizerState, load_optimizer, optimizer_state
 from driftfield.training.program import run_program
 from driftfield.training.progress import Progress
-from driftfield.training.run_folder import RunFolder, RunFolderError
+from driftfield.training.run_folder import RunFolder, RunFolderError, is_same_run
 from driftfield.training.runlog import RunLog, read_log
 from driftfield.training.schedule import warmup_constant
 from driftfield.training.schema import ConfigError, from_plain, option, to_plain
@@ -33,6 +33,7 @@ __all__ = [
     "fault_point",
     "from_plain",
     "generator",
+    "is_same_run",
     "load_config",
     "load_optimizer",
     "optimizer_state",

@@ -58,7 +58,7 @@ class RunFolder:
         os.register_at_fork(after_in_child=self._forget_lock)
         try:
             _delete_leftovers(self.path)
-            self.resumed = _is_same_run(self.path, plain, may_change)
+            self.resumed = is_same_run(self.path, plain, may_change)
             write_text(self.path / CONFIG, to_yaml(plain))  # first: what follows may be missing after a kill
             _note_start(self.path / RUN)
         except BaseException:
@@ -121,7 +121,24 @@ def _delete_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _is_same_run(path: Path, config: Mapping[str, Any], may_change: Collection[str]) -> bool:
+def is_same_run(path: Path, config: Any, may_change: Collection[str] = ()) -> bool:
+    """Whether a folder holds this very run; reads only, and takes no lock.
+
+    Args:
+        path: the folder.
+        config: the resolved configuration, a dataclass or a mapping.
+        may_change: dotted keys that may differ.
+
+    Raises:
+        RunFolderError: it belongs to another run (which keys differ), or to no run and is not empty.
+
+    Returns:
+        False for a folder without a run.
+
+    >>> import tempfile
+    >>> is_same_run(Path(tempfile.mkdtemp()), {"seed": 0})
+    False
+    """
     file = path / CONFIG
     if not file.exists():
         others = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
@@ -135,7 +152,7 @@ def _is_same_run(path: Path, config: Mapping[str, Any], may_change: Collection[s
         old = dict(_flatten(read_config(file)))
     except ConfigError as error:
         raise RunFolderError(f"run folder {path}: {error}; choose run_dir=OTHER or delete the folder") from error
-    new = dict(_flatten(config))
+    new = dict(_flatten(to_plain(config)))
     differing = [
         f"{key} (was {old.get(key, 'absent')}, now {new.get(key, 'absent')})"
         for key in sorted(old.keys() | new.keys())

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from driftfield.training import load_config, read_checkpoint, read_log, run_program
-from vision import train
+from vision import evaluate, train
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import load
 from vision.train import Training
@@ -22,7 +22,8 @@ TINY = (
     "images=480", "labels_per_step=3", "generated_per_label=4", "positives_per_label=6", "unconditional_per_label=2",
     "queue.push_per_step=8", "warmup_images=24", "checkpoint_every_images=120", "log_every_images=24",
     "picture_every_images=240", "evaluate_images=100", "encoder.images=96", "encoder.batch_size=16",
-    "encoder.warmup_images=16", "encoder.base_channels=4", "generator.hidden_size=16", "generator.num_heads=2",
+    "encoder.warmup_images=16", "encoder.base_channels=4",
+    "encoder.blocks=[1]", "generator.hidden_size=16", "generator.num_heads=2",
     "generator.cond_size=16", "generator.depth=1", "judge.epochs=1", "device=cpu",
 )  # fmt: skip
 STEPS = 40  # 480 images, 12 a step
@@ -74,7 +75,7 @@ def test_run_leaves_model_pictures_log_and_results(finished: Path) -> None:
     assert [line["samples_seen"] for line in lines] == list(range(24, 481, 24))
     assert all(line["lambda"] > 0 and line["rejected_steps"] == 0 for line in lines)
     pictures = sorted((finished / "run" / "pictures").glob("*.png"))
-    assert len(pictures) == 2
+    assert [int(path.stem) for path in pictures] == [0, 240, 480]
     for picture in [*pictures, finished / "run" / "training.gif", finished / "encoder" / "reconstruction.png"]:
         with Image.open(picture) as image:
             image.load()
@@ -82,6 +83,29 @@ def test_run_leaves_model_pictures_log_and_results(finished: Path) -> None:
     ema = final_state(finished)["ema"]
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, ema[f"0.99/{name}"])
+
+
+def test_finished_run_can_be_judged_at_several_guidance_scales(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"run_dir={finished / 'run'}", "num=100", "guidance_scales=[1,3]"]
+    ended = run_program(
+        evaluate.main,
+        evaluate.EvaluateConfig,
+        config_dir=CONFIG_DIR,
+        config_name="evaluate",
+        description="",
+        arguments=arguments,
+    )
+    assert ended == 0
+    rows = json.loads((finished / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert [row["guidance_scale"] for row in rows] == [1.0, 3.0]
+    trained = json.loads((finished / "run" / "results.json").read_text(encoding="utf-8"))["evaluation"]
+    assert {name: rows[0][name] for name in trained} == trained  # the same samples, judged the same way
+    assert rows[0]["frechet"] != rows[1]["frechet"]
+    assert f"| 3 | {rows[1]['agreement']:.3f} |" in capsys.readouterr().out
+    with Image.open(finished / "run" / "guidance.png") as image:
+        image.load()
 
 
 def test_same_command_on_a_finished_run_changes_nothing(
@@ -154,8 +178,9 @@ def test_noise_of_a_slot_does_not_depend_on_the_other_slots(training: Training) 
     labels, alpha = torch.tensor([4, 1, 7]), torch.tensor([1.0, 2.0, 3.0])
     all_slots = training._draw_generated(labels, alpha)
     first_two = training._draw_generated(labels[:2], alpha[:2])
-    torch.testing.assert_close(all_slots[:2], first_two, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(all_slots[0], all_slots[1])
+    count = training.config.generated_per_label
+    torch.testing.assert_close(all_slots[: 2 * count], first_two, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(all_slots[:count], all_slots[count : 2 * count])
 
 
 def test_every_epoch_takes_each_real_image_once(training: Training) -> None:
