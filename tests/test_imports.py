@@ -179,7 +179,8 @@ def imported_distributions(*folders: str) -> set[str]:
         for path in (ROOT / folder).rglob("*.py")
         for name in imports(ast.parse(path.read_text(encoding="utf-8")))
     }
-    outside = roots - sys.stdlib_module_names - MAY_IMPORT.keys() - {"tests", "benchmarks", ""}
+    own = {path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")}  # helpers beside a test
+    outside = roots - sys.stdlib_module_names - MAY_IMPORT.keys() - own - {"tests", "benchmarks", ""}
     return {distribution_name(name) for root in outside for name in holders.get(root, [f"{root}-is-not-installed"])}
 
 
