@@ -44,7 +44,6 @@ def weighted_drift(
     return torch.addcmul(coefficient @ targets, coefficient.sum(-1, keepdim=True), x, value=-1.0)
 
 
-@torch.no_grad()
 def drifting_field(
     x: Tensor,
     positives: Tensor,

@@ -146,25 +146,22 @@ class DriftingLoss(nn.Module):
         if self.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
             _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None)
         with torch.autocast(x.device.type, enabled=False):
-            with torch.no_grad():
-                pairs = _pairs(batch)
-                if statistics is None:
-                    scale, degenerate = _scale_and_degenerate(pairs.scale_sums)
-                    forces = self._forces(pairs, scale)  # one [..., N, D] per temperature
-                    drift_norm = _drift_norm(force_sums(forces))
-                else:
-                    scale, drift_norm, degenerate = statistics
-                    forces = self._forces(pairs, scale)
-                drift = self._total_drift(forces, drift_norm, degenerate)  # V  [..., N, D]
-                coordinate_scale = self._coordinate_scale(scale, x.shape[-1])
+            pairs = _pairs(batch)  # frozen, and all that follows from it: only `moved` below carries a gradient
+            if statistics is None:
+                scale, degenerate = _scale_and_degenerate(pairs.scale_sums)
+                forces = self._forces(pairs, scale)  # one [..., N, D] per temperature
+                drift_norm = _drift_norm(force_sums(forces))
+            else:
+                scale, drift_norm, degenerate = statistics
+                forces = self._forces(pairs, scale)
             if self.check_finite:
                 check_finite(feature_scale=scale, drift_norm=drift_norm)
+            drift = self._total_drift(forces, drift_norm, degenerate)  # V  [..., N, D]
             # Eq. 6: || x - stopgrad(x + V) ||². x - stopgrad(x) is taken first: it is 0, whatever x rounds to.
-            moved = (x - x.detach()).to(drift.dtype) / coordinate_scale
+            moved = (x - x.detach()).to(drift.dtype) / self._coordinate_scale(scale, x.shape[-1])
             loss = (moved - drift).square().mean((-2, -1))
         return DriftingOutput(loss, drift_norm, scale, degenerate)
 
-    @torch.no_grad()
     def statistics(self, microbatches: Iterable[DriftingBatch]) -> DriftStatistics:
         """Scalars of the batch that the microbatches make up: the first pass of exact gradient accumulation.
 

@@ -55,17 +55,17 @@ def exact_accumulation(world: int, rank: int) -> dict[str, np.ndarray]:
 
 
 def data_parallel_network(world: int, rank: int) -> dict[str, np.ndarray]:
-    """Gradient of a generator's weights: local mean loss, averaged by DistributedDataParallel."""
+    """Gradient of a generator's weights: of the local mean loss, averaged over processes as data parallelism does."""
     noise, *others = local(whole_batch(), (GROUPS // world,) * world, rank)
     torch.manual_seed(0)
-    network: torch.nn.Module = torch.nn.Linear(5, 5)
-    weight = network.weight
-    if world > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network)
+    network = torch.nn.Linear(5, 5)
     output = DriftingLoss()(network(noise), *others)
     output.loss.mean().backward()
-    assert isinstance(weight.grad, Tensor)
-    return as_arrays(output, gradient=weight.grad)
+    assert network.weight.grad is not None
+    gradient = network.weight.grad / world
+    if world > 1:
+        dist.all_reduce(gradient)
+    return as_arrays(output, gradient=gradient)
 
 
 def constant_on_rank_zero(world: int, rank: int) -> dict[str, np.ndarray]:

@@ -50,6 +50,8 @@ def test_equal_points_are_at_the_smallest_distance_and_others_are_not(dimension:
 
 
 def test_points_of_equal_norm_are_not_taken_for_equal() -> None:
+    pairs = torch.tensor([[1.0, 0.01], [1.0, -0.01], [-1.0, 0.01], [-1.0, -0.01]])  # close, and the mean is 0
+    torch.testing.assert_close(all_distances(pairs, 4).double(), exact_distances(pairs, 4), rtol=1e-3, atol=0.0)
     angle = torch.arange(64) * (2 * math.pi / 64)
     circle = torch.stack([angle.cos(), angle.sin()], -1)  # centred already, all norms 1 up to the last bit
     torch.testing.assert_close(all_distances(circle, 64).double(), exact_distances(circle, 64), rtol=1e-4, atol=1e-6)

@@ -322,9 +322,13 @@ def test_accumulation_per_microbatch_uses_its_own_scalars() -> None:
     torch.testing.assert_close(alone, paper(*whole_batch(parts)).loss, rtol=1e-5, atol=0.0)
 
 
-def test_statistics_need_a_microbatch() -> None:
+def test_statistics_refuse_what_the_loss_refuses() -> None:
     with pytest.raises(ValueError, match="microbatches is empty"):
         DriftingLoss().statistics([])
+    parts = microbatches()
+    parts[1] = parts[1]._replace(positives=parts[1].positives[:1])
+    with pytest.raises(ValueError, match=r"positives \[1, 6, 4\] does not fit x \[2, 8, 4\]"):
+        DriftingLoss().statistics(parts)
 
 
 @pytest.mark.parametrize(("num_positives", "count", "words"), [(3, 1, "one generated sample"), (1, 4, "one positive")])

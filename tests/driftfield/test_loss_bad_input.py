@@ -97,6 +97,15 @@ def test_equal_samples_behind_a_linear_layer_do_not_drift(constant: float, colum
     assert not output.loss.any()
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 0.5), (torch.float16, 0.0625)])
+def test_one_unit_in_the_last_place_of_a_narrow_dtype_is_rounding(dtype: torch.dtype, step: float) -> None:
+    up = torch.rand(2, 8, 5) < 0.5
+    assert torch.tensor(100.0, dtype=dtype).nextafter(torch.tensor(200.0, dtype=dtype)) == 100.0 + step
+    for units, degenerate in ((1, True), (2, False)):
+        x = (100.0 + units * step * up).to(dtype)
+        assert DriftingLoss()(x, x.flip(1)).degenerate == degenerate
+
+
 @pytest.mark.parametrize("offset_in_spreads", [0.0, 10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_ordinary_batches_are_not_degenerate(dtype: torch.dtype, offset_in_spreads: float) -> None:
@@ -110,7 +119,7 @@ def test_one_coordinate_with_a_spread_is_enough() -> None:
     """One huge constant channel, as encoders have, must not drown the others' spread."""
     for dtype in (torch.bfloat16, torch.float32):
         x, positives = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
-        x[..., 0] = positives[..., 0] = 1000.0
+        x[..., 0] = positives[..., 0] = 1e5
         assert not DriftingLoss()(x.to(dtype), positives.to(dtype)).degenerate
 
 
