@@ -135,6 +135,7 @@ class TrainConfig:
     writers: tuple[Literal["tensorboard", "wandb"], ...] = option("log writers beside metrics.jsonl")
     real_features_mib: int = option("memory for the features of all real images, in MiB; else computed anew", min=0)
     evaluate_images: int = option("one-step samples that the final evaluation judges", min=100)
+    evaluate_guidance_scale: float = option("their α", min=1)
 
     def __post_init__(self) -> None:
         if self.queue.per_class < self.positives_per_label:

@@ -264,16 +264,18 @@ def run(config: TrainConfig, folder: Path, stop: StopRequest) -> dict[str, Any]:
     with training.ema.swapped():
         training.generator.save_pretrained(folder / MODEL)
         judgement = Judgement(config.judge, real, held_out, device)
-        evaluation = judgement.evaluate(training.generator, num=config.evaluate_images)
+        evaluation = judgement.evaluate(
+            training.generator, num=config.evaluate_images, guidance_scale=config.evaluate_guidance_scale
+        )
     print(f"{config.evaluate_images} one-step samples, in the features of {evaluation.feature_space}")
-    print(table({1.0: evaluation}))
+    print(table({config.evaluate_guidance_scale: evaluation}))
     return {
         "images_seen": training.images_seen,
         "generator_parameters": sum(parameter.numel() for parameter in training.generator.parameters()),
         "device": str(device),
         "trained_in_this_start_s": round(trained_s, 1),
         "this_start_s": round(time.monotonic() - start, 1),
-        "guidance_scale": 1.0,
+        "guidance_scale": config.evaluate_guidance_scale,
         "evaluation": evaluation._asdict(),
     }
 
@@ -345,7 +347,7 @@ def _save_picture(training: Training, folder: Path) -> None:
     """The same noise at every time: a column per class."""
     labels = torch.arange(training.real.num_classes).repeat(PICTURE_ROWS)
     with training.ema.swapped():
-        images = sample(training.generator, labels)
+        images = sample(training.generator, labels, guidance_scale=training.config.evaluate_guidance_scale)
     (folder / PICTURES).mkdir(exist_ok=True)
     for name in (f"{PICTURES}/{training.images_seen:010d}.png", "samples.png"):
         save_grid(images, folder / name, columns=training.real.num_classes)
