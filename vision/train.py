@@ -1,6 +1,6 @@
 """Train a one-step image generator by drifting (A.9): `python -m vision.train`.
 
-Without an argument: scikit-learn's digits, in about a minute and a half on two CPU cores. To resume a run that was
+Without an argument: scikit-learn's digits, in about two minutes on two CPU cores. To resume a run that was
 stopped or killed, run the same command again. The loss is flat by construction; what falls is lambda, the norm of the
 drift.
 """
