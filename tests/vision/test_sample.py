@@ -12,7 +12,7 @@ from vision import sample as program
 from vision.config import CONFIG_DIR
 from vision.data import to_uint8
 from vision.generator import ImageGenerator
-from vision.sample import SampleConfig, draw_inputs, sample
+from vision.sample import SampleConfig, draw_inputs, images_in_batches, sample
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,20 @@ def test_sample_does_not_depend_on_its_batch(model: ImageGenerator, batch_size: 
     together = sample(model, labels, seed=3)
     torch.testing.assert_close(sample(model, labels, seed=3, batch_size=batch_size), together, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sample(model, labels[6:9], seed=3, first_index=6), together[6:9], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_bytes_do_not_depend_on_their_batch(model: ImageGenerator, batch_size: int) -> None:
+    labels = torch.arange(20) % 5
+    batches = list(images_in_batches(model, labels, guidance_scale=2.0, seed=3, batch_size=batch_size))
+    assert [len(batch) for batch in batches] == [len(labels[i : i + batch_size]) for i in range(0, 20, batch_size)]
+    expected = to_uint8(sample(model, labels, guidance_scale=2.0, seed=3))
+    images = torch.cat(batches)
+    assert images.dtype == torch.uint8 and images.shape == expected.shape
+    assert (images.int() - expected.int()).abs().max() <= 1  # where a sum in another order crosses a half
+    assert (images != expected).float().mean() < 0.01
+    [rest] = images_in_batches(model, labels[6:9], guidance_scale=2.0, seed=3, first_index=6)
+    assert (rest.int() - expected[6:9].int()).abs().max() <= 1
 
 
 def test_seed_index_class_and_scale_each_change_the_sample(model: ImageGenerator) -> None:
