@@ -1,21 +1,16 @@
 """The tokenizer: images to latents and back by a frozen variational autoencoder of diffusers."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision.pretrained import CONFIG_FILE, HUB_ID
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 SD_VAE: Final = "stabilityai/sd-vae-ft-mse"  # latents of all of the paper's latent models
 SD_VAE_REVISION: Final = "31f26fdeee1355a5c34592e401dd41e45d25a493"
@@ -43,18 +38,16 @@ class Tokenizer(nn.Module):
         ValueError: the autoencoder moves its latents by more than a factor.
     """
 
-    def __init__(
-        self, vae: AutoencoderKL, *, fingerprint: str = "", bfloat16: bool = False, microbatch: int = 16
-    ) -> None:
+    def __init__(self, vae: Any, *, fingerprint: str = "", bfloat16: bool = False, microbatch: int = 16) -> None:
         super().__init__()
         if microbatch < 1:
             raise ValueError(f"microbatch: expected at least 1, found {microbatch}")
         for name in ("shift_factor", "latents_mean", "latents_std"):
             if vae.config.get(name) is not None:
                 raise ValueError(f"expected an autoencoder without {name}, found {name} = {vae.config[name]}")
-        self.vae = vae.float().requires_grad_(False).eval()
+        self.vae: Any = vae.float().requires_grad_(False).eval()
         self.fingerprint = fingerprint
-        self.bfloat16 = bfloat16
+        self.use_bfloat16 = bfloat16
         self.microbatch = microbatch
         self.scale = float(vae.config["scaling_factor"])
         self.channels = int(vae.config["latent_channels"])
@@ -149,11 +142,11 @@ class Tokenizer(nn.Module):
         return super().train(False)
 
     def _encode(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.use_bfloat16):
             return self.vae.encode(images).latent_dist.parameters.float()  # [b, 2c, h, w]
 
     def _decode(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.use_bfloat16):
             return self.vae.decode(latents / self.scale).sample.float()
 
     def _in_microbatches(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -193,7 +186,7 @@ def _folder_of(source: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def _load_vae(folder: Path) -> AutoencoderKL:
+def _load_vae(folder: Path) -> Any:
     """The autoencoder of a folder; diffusers also renames the attention weights of older files."""
     from diffusers import AutoencoderKL  # takes seconds, and only latent models need it
 
