@@ -1,0 +1,138 @@
+"""Cached latents by visit: the image or its mirror, and a sample of the posterior."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from driftfield.training import generator, to_plain
+from vision.data import DataError
+from vision.latent_files import COMPLETE, MENDING, LatentFiles, LatentHeader, open_store, read_labels
+from vision.tokenizer import Tokenizer
+from vision.visits import image_ids
+
+
+class LatentStore:
+    """Latents of a data set, from the disk; the system keeps in memory what is read often.
+
+    Args:
+        folder: as `python -m vision.cache_latents` writes it.
+        tokenizer: the one that decodes what a generator makes of these latents; the store must be of its weights.
+        workers: threads that read.
+
+    Raises:
+        DataError: no such store, or one that is not complete, lacks files, is damaged, or is of another tokenizer.
+    """
+
+    def __init__(self, folder: str | Path, *, tokenizer: Tokenizer | None = None, workers: int = 8) -> None:
+        self.folder = Path(folder)
+        group, self.header = open_store(self.folder)
+        if tokenizer is not None:
+            _require_tokenizer(self.folder, self.header, tokenizer)
+        self._files = LatentFiles(self.folder, self.header)
+        if COMPLETE not in group.attrs:
+            raise DataError(
+                f"{self.folder}: expected a complete store of latents, found {len(self._files.missing())} of "
+                f"{len(self._files)} files missing and no mark {COMPLETE!r}; {MENDING}"
+            )
+        self.statistics: dict[str, list[float]] = group.attrs[COMPLETE]  # mean and std of each channel, scaled
+        self.labels = read_labels(self.folder, group, self.header)
+        self._places = self._files.places()  # [n, 2]
+        self._workers = workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="latents")
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the class folders, in the order of the labels."""
+        return self.header.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.header.class_names)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of a latent."""
+        channels, height, width = self.header.sample_shape
+        return channels, height, width
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the latents: tokenizer, images (names, sizes, labels), and their statistics."""
+        header = {key: value for key, value in to_plain(self.header).items() if key != "tokenizer"}  # it may have moved
+        digest = hashlib.sha256(json.dumps([header, self.statistics], sort_keys=True).encode())
+        digest.update(self.labels.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def read(self, visits: Tensor, *, seed: int) -> Tensor:
+        """Scaled latents; each depends on (seed, visit) alone, whatever else is read with it.
+
+        Args:
+            visits: `[k]` int64, epoch * len + id.
+            seed: of the run.
+
+        Raises:
+            ValueError: visits of a wrong shape, dtype or sign.
+            DataError: a record is damaged; the message names file and image.
+
+        Returns:
+            `[k, c, h, w]` float32 on the CPU.
+        """
+        ids = image_ids(visits, len(self)).tolist()
+        reads = sorted(map(_Read, ids, range(len(ids)), visits.tolist()))
+        records = self._files.empty(len(reads))
+        noise = torch.empty(len(reads), *self.sample_shape)
+        share = max(1, math.ceil(len(reads) / self._workers))
+        parts = [reads[start : start + share] for start in range(0, len(reads), share)]
+        list(self._pool.map(lambda part: self._read_part(part, seed, records, noise), parts))
+        mean, std = self._files.moments(records).unbind(1)  # [k, c, h, w] each
+        return noise.mul_(std).add_(mean).mul_(self.header.scale)
+
+    def _read_part(self, reads: "Sequence[_Read]", seed: int, records: np.ndarray, noise: Tensor) -> None:
+        for number, reads_of_file in groupby(reads, key=lambda read: read.image // self.header.chunk_images):
+            with self._files.opened(number) as file:
+                for image, position, visit in reads_of_file:
+                    draw = generator(seed, "latent", visit)
+                    variant = draw.initial_seed() >> 63  # its highest bit; on the CPU the lower 32 make the noise
+                    torch.randn(noise.shape[1:], generator=draw, out=noise[position])
+                    place = int(self._places[image, variant])
+                    self._files.read_record(file, place, records[position], image=image, variant=variant)
+
+
+class _Read(NamedTuple):
+    image: int
+    position: int  # in the result
+    visit: int
+
+
+def _require_tokenizer(folder: Path, header: LatentHeader, tokenizer: Tokenizer) -> None:
+    expected = {
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "scale": tokenizer.scale,
+        "channels": tokenizer.channels,
+        "downsampling": tokenizer.downsampling,
+    }
+    found = {
+        "tokenizer_sha256": header.tokenizer_sha256,
+        "scale": header.scale,
+        "channels": header.sample_shape[0],
+        "downsampling": header.image_size / header.sample_shape[1],
+    }
+    for name, value in expected.items():
+        if found[name] != value:
+            raise DataError(
+                f"{folder}: these latents are of another tokenizer ({header.tokenizer}): "
+                f"{name}: expected {value}, found {found[name]}"
+            )
