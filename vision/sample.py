@@ -1,9 +1,12 @@
 """Draw one-step samples from a trained generator: `python -m vision.sample`.
 
 Writes a grid (out=NAME.png), a folder of numbered PNGs (out=FOLDER) or an array (out=NAME.npz: `arr_0` uint8
-[N, H, W, C], `labels`). A sample depends on seed, index, class and guidance scale alone, not on its batch.
+[N, H, W, C], `labels`). A sample depends on seed, index, class and guidance scale alone, not on its batch. A generator
+of latents needs tokenizer=stabilityai/sd-vae-ft-mse, or tiny_decoder=madebyollin/taesd, which is faster.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,23 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from driftfield.training import UserError, option, run_program
+from driftfield.training import Progress, UserError, option, run_program
 from driftfield.training import generator as seeded_generator
+from vision.class_names import class_names, label_ids
 from vision.config import CONFIG_DIR, Device
-from vision.data import to_uint8
 from vision.device import choose_device
 from vision.generator import ImageGenerator
-from vision.pictures import save_grid, save_image
+from vision.sample_files import open_sample_files
+from vision.tiny_decoder import TinyDecoder
+from vision.tokenizer import SD_VAE, Tokenizer
 
 Rounding = Literal["nearest", "down"]
 
 BATCH_SIZE: Final = 250
 DRAWING_THREADS: Final = 8  # drawing 3 x 256 x 256 normal numbers takes one thread a millisecond
 IMAGE_CHANNELS: Final = (1, 3)  # a generator of any other number makes latents
+MOST_COLUMNS: Final = 20  # of a grid with a column per class
 
 
 class Decoder(Protocol):
@@ -47,14 +52,20 @@ class Decoder(Protocol):
 class SampleConfig:
     """Keys of `python -m vision.sample`."""
 
-    model: str = option("folder with config.json and model.safetensors, or a hub id")
+    model: str = option("folder with config.json and model.safetensors, hub id, or hf://NAME of the release")
+    tokenizer: str | None = option("autoencoder that decodes latents: folder or hub id; null for pixels")
+    tiny_decoder: str | None = option("AutoencoderTiny that decodes in the tokenizer's place: folder or hub id")
     out: Path = option("where to write: a .png (grid), a .npz, or a folder of PNGs")
-    labels: tuple[int, ...] = option("classes, repeated in this order; empty: all of them", min=0)
+    labels: tuple[int, ...] = option("classes, repeated in this order", min=0)
+    classes: tuple[str, ...] = option("more of them by name, such as [golden retriever]; no class at all: every class")
     num: int = option("how many samples", min=1)
     first_index: int = option("index of the first one", min=0)
     guidance_scale: float = option("α", min=1)
     seed: int = option("seed of noise and style", min=0)
+    batch_size: int = option("samples computed at once", min=1)
     device: Device = option("where to compute")
+    bfloat16: bool = option("activations in bfloat16")
+    compile: bool = option("compile generator and decoder, which takes minutes and pays from some 10,000 samples on")
 
 
 def draw_inputs(model: ImageGenerator, draws: Sequence[torch.Generator], count: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +108,7 @@ def images_in_batches(
         seed, first_index: choose noise and style.
         batch_size: how many to make at once.
         tokenizer: turns the generator's latents into images, on the same device; None where it makes pixels.
-        bfloat16: activations in bfloat16.
+        bfloat16: the generator's activations in bfloat16.
         rounding: of a level from 0 to 255; "down" is what published Fréchet distances are computed from.
 
     Raises:
@@ -108,7 +119,7 @@ def images_in_batches(
         Iterator over uint8 `[b, C, H, W]` on the CPU, in order of index; b = batch_size but for the last.
     """
     _check_request(generator, labels, guidance_scale, batch_size)
-    _check_decoder(generator, tokenizer)
+    require_decoder(generator, tokenizer)
     batches = _batches(
         generator,
         labels,
@@ -130,8 +141,10 @@ def sample(
     seed: int = 0,
     first_index: int = 0,
     batch_size: int = BATCH_SIZE,
+    tokenizer: Decoder | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
-    """What the generator makes, all at once and not rounded: the samples of `images_in_batches` before any decoder.
+    """The samples of `images_in_batches` all at once and before they are rounded to bytes.
 
     Args:
         model: the generator, on its device.
@@ -139,18 +152,44 @@ def sample(
         guidance_scale: α >= 1, of all samples.
         seed, first_index: choose noise and style.
         batch_size: how many to make at once.
+        tokenizer: turns latents into images; without one latents are returned as they are.
+        bfloat16: the generator's activations in bfloat16.
 
     Raises:
         ValueError: labels, α or batch_size are not as stated.
 
     Returns:
-        Images in [-1, 1] up to the generator's error, or latents, `[n, C, H, W]` float32 on the CPU.
+        Images in [-1, 1] up to the networks' error, or latents, `[n, C, H, W]` float32 on the CPU.
     """
     _check_request(model, labels, guidance_scale, batch_size)
     batches = _batches(
-        model, labels, guidance_scale=guidance_scale, seed=seed, first_index=first_index, batch_size=batch_size
+        model,
+        labels,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        first_index=first_index,
+        batch_size=batch_size,
+        decode=None if tokenizer is None else tokenizer.decode,
+        bfloat16=bfloat16,
     )
     return torch.cat([batch.float().cpu() for batch in batches])
+
+
+def require_decoder(model: ImageGenerator, tokenizer: Decoder | None) -> None:
+    """Refuse a generator of latents without what decodes them, or with what decodes others.
+
+    Raises:
+        ValueError: naming both numbers of channels.
+    """
+    if tokenizer is None and model.channels not in IMAGE_CHANNELS:
+        raise ValueError(
+            f"tokenizer: the generator makes latents of {model.channels} channels, so expected the autoencoder that "
+            f"decodes them, such as {SD_VAE}, found none"
+        )
+    if tokenizer is not None and tokenizer.channels != model.channels:
+        raise ValueError(
+            f"tokenizer: expected one of the generator's {model.channels} channels, found {tokenizer.channels}"
+        )
 
 
 @torch.no_grad()
@@ -177,7 +216,7 @@ def _batches(
         label = torch.cat((label, label[-1:].expand(batch_size - count)))  # the last batch, filled up
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             images = model(_to(noise, device), _to(label, device), alpha, _to(style, device))
-            images = images if decode is None else decode(images)
+        images = images if decode is None else decode(images.float())
         yield images[:count]
 
 
@@ -256,51 +295,95 @@ def _check_request(model: ImageGenerator, labels: Tensor, guidance_scale: float,
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
 
 
-def _check_decoder(model: ImageGenerator, tokenizer: Decoder | None) -> None:
-    if tokenizer is None and model.channels not in IMAGE_CHANNELS:
-        raise ValueError(
-            f"tokenizer: the generator makes latents of {model.channels} channels, so expected the autoencoder that "
-            f"decodes them, found none"
-        )
-    if tokenizer is not None and tokenizer.channels != model.channels:
-        raise ValueError(
-            f"tokenizer: expected one of the generator's {model.channels} channels, found {tokenizer.channels}"
-        )
-
-
 def main(config: SampleConfig) -> int:
     """Draw and write the samples."""
+    device = choose_device(config.device)
     try:
-        model = ImageGenerator.from_pretrained(config.model).to(choose_device(config.device))
+        model = ImageGenerator.from_pretrained(config.model).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"model: {error}") from error
-    classes = torch.tensor(config.labels or range(model.num_classes))
-    if int(classes.max()) >= model.num_classes:
-        raise UserError(f"labels: expected classes below {model.num_classes}, found {int(classes.max())}")
-    labels = classes[(config.first_index + torch.arange(config.num)) % len(classes)]
-    images = sample(
-        model, labels, guidance_scale=config.guidance_scale, seed=config.seed, first_index=config.first_index
-    )
-    _write(images, labels, config.out, columns=len(classes), first_index=config.first_index)
-    print(f"{config.num} samples in {config.out}")
+    decoder = _decoder(config, device)
+    try:
+        require_decoder(model, decoder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    classes = _classes(config, model.num_classes)
+    if config.compile:
+        _compile(model, decoder)
+    speed = _write(config, model, decoder, classes)
+    print(f"{config.num} samples in {config.out}, {speed:.3g} images/s")
     return 0
 
 
-def _write(images: Tensor, labels: Tensor, out: Path, *, columns: int, first_index: int) -> None:
+def _decoder(config: SampleConfig, device: torch.device) -> Tokenizer | TinyDecoder | None:
+    """What decodes latents, the tiny decoder before the tokenizer."""
     try:
-        if out.suffix == ".png":
-            out.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(images, out, columns=columns)
-        elif out.suffix == ".npz":
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(out, "wb") as file:
-                np.savez(file, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(images, start=first_index):
-                save_image(image, out / f"{index:06d}.png")
+        if config.tiny_decoder is not None:
+            return TinyDecoder.from_pretrained(config.tiny_decoder, bfloat16=config.bfloat16).to(device)
+        if config.tokenizer is not None:
+            return Tokenizer.from_pretrained(config.tokenizer, bfloat16=config.bfloat16).to(device)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{'tokenizer' if config.tiny_decoder is None else 'tiny_decoder'}: {error}") from error
+    return None
+
+
+def _classes(config: SampleConfig, num_classes: int) -> list[int]:
+    """The classes asked for, by number and by name; all of them if none is."""
+    classes = list(config.labels)
+    if config.classes:
+        try:
+            names = class_names(config.model, num_classes)
+            if names is None:
+                raise ValueError(f"the names of the model's {num_classes} classes are not known: use labels=[...]")
+            classes += label_ids(names, config.classes)
+        except ValueError as error:
+            raise UserError(f"classes: {error}") from error
+    if max(classes, default=0) >= num_classes:
+        raise UserError(f"labels: expected classes below {num_classes}, found {max(classes)}")
+    return classes or list(range(num_classes))
+
+
+def _compile(model: ImageGenerator, decoder: Tokenizer | TinyDecoder | None) -> None:
+    """Compile the networks in place, for the one batch size that they see."""
+    model.compile(dynamic=False)
+    if decoder is not None:
+        (decoder.vae.decoder if isinstance(decoder, Tokenizer) else decoder.decoder).compile(dynamic=False)
+
+
+def _write(
+    config: SampleConfig, model: ImageGenerator, decoder: Tokenizer | TinyDecoder | None, classes: Sequence[int]
+) -> float:
+    """Write all samples; images per second, where there are several batches without the first, which compiles."""
+    labels = torch.tensor(classes)[(config.first_index + torch.arange(config.num)) % len(classes)]
+    columns = len(classes) if 1 < len(classes) <= MOST_COLUMNS else math.ceil(math.sqrt(config.num))
+    batches = images_in_batches(
+        model,
+        labels,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        first_index=config.first_index,
+        batch_size=config.batch_size,
+        tokenizer=decoder,
+        bfloat16=config.bfloat16,
+    )
+    start, timed = time.perf_counter(), config.num
+    try:
+        with (
+            open_sample_files(config.out, labels, columns=columns, first_index=config.first_index) as files,
+            Progress(config.num) as progress,
+        ):
+            for images in batches:
+                files.write(images)
+                progress.update(len(images))
+                if timed == config.num > len(images):
+                    start, timed = time.perf_counter(), config.num - len(images)
     except OSError as error:
-        raise UserError(f"out: expected a place that can be written, found {out}: {error.strerror}") from error
+        raise UserError(
+            f"out: expected a place that can be written, found {config.out}: {error.strerror or error}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    return timed / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":
