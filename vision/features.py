@@ -1,5 +1,6 @@
 """Features of images at many scales, in which the drift is computed (paper Eq. 13-14, A.5)."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple, Protocol
 
@@ -48,6 +49,17 @@ def image_features(images: Tensor, encoder: Encoder | None = None, *, families: 
     return {"global": images.flatten(1).unsqueeze(1)} | features
 
 
+def require_families(families: str) -> None:
+    """Raise ValueError for what names no families of features.
+
+    >>> require_families("abz")
+    Traceback (most recent call last):
+    ValueError: families: expected letters of 'abcd', found 'abz'
+    """
+    if not families or not set(families) <= set(FAMILIES):
+        raise ValueError(f"families: expected letters of {FAMILIES!r}, found {families!r}")
+
+
 def multi_scale_features(maps: Mapping[str, Tensor], *, families: str = FAMILIES) -> dict[str, Tensor]:
     """Locations, means and standard deviations of feature maps at several scales.
 
@@ -70,8 +82,7 @@ def multi_scale_features(maps: Mapping[str, Tensor], *, families: str = FAMILIES
     >>> {name: list(feature.shape) for name, feature in features.items()}
     {'layer1': [5, 64, 3], 'layer1_mean_2': [5, 16, 3], 'layer1_std_2': [5, 16, 3]}
     """
-    if not families or not set(families) <= set(FAMILIES):
-        raise ValueError(f"families: expected letters of {FAMILIES!r}, found {families!r}")
+    require_families(families)
     features: dict[str, Tensor] = {}
     for name, feature_map in maps.items():
         if feature_map.ndim != 4:
@@ -95,6 +106,21 @@ def root_mean_square(images: Tensor) -> Tensor:
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     return (images.square().mean(dim=(2, 3)) + VARIANCE_FLOOR).sqrt().unsqueeze(1)
+
+
+def family_of(name: str) -> str:
+    """The family of a feature by its name: "a" to "d" (A.5), or "global" or "norm_x" for those of the input itself.
+
+    >>> [family_of(name) for name in ("layer1", "layer1_std", "mae/layer1_blk2_mean_4", "global", "norm_x")]
+    ['a', 'b', 'd', 'global', 'norm_x']
+    """
+    name = name.rpartition("/")[2]
+    if name in ("global", "norm_x"):
+        return name
+    found = re.search(r"_(?:mean|std)(?:_(\d+))?$", name)
+    if found is None:
+        return "a"
+    return "b" if found[1] is None else next(family for family, size in PATCH_SIZES.items() if size == int(found[1]))
 
 
 def group_by_label(features: Mapping[str, Tensor], num_labels: int) -> dict[str, Tensor]:
