@@ -227,8 +227,6 @@ class ResNet50(FrozenEncoder):
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         net = self.backbone
         x = imagenet_input(images, self.image_size, normalize=self.normalize)
-        # Channels last: the vectors [B, L, C] of every map are then views whose channels lie side by side.
-        x = x.contiguous(memory_format=torch.channels_last)
         maps = {"conv1": (x := net.maxpool(net.relu(net.bn1(net.conv1(x)))))}
         for name in ("layer1", "layer2", "layer3", "layer4"):
             blocks = list(getattr(net, name))
@@ -366,7 +364,7 @@ def imagenet_input(images: Tensor, image_size: int, *, normalize: bool = True) -
         ValueError: a shape is wrong.
 
     Returns:
-        float32 [B, 3, image_size, image_size], under autocast too.
+        float32 [B, 3, image_size, image_size], under autocast too; channels last in memory.
 
     >>> imagenet_input(torch.ones(1, 1, 4, 4), 8, normalize=False).unique()
     tensor([1.])
@@ -380,7 +378,9 @@ def imagenet_input(images: Tensor, image_size: int, *, normalize: bool = True) -
             images = (images - mean) / std
         rows, columns = (_resizing(size, image_size, images.device) for size in images.shape[2:])
         # Two matrix products rather than F.interpolate, whose gradient on a GPU differs from run to run.
-        return (rows @ images @ columns.mT).expand(-1, 3, -1, -1)
+        images = (rows @ images @ columns.mT).expand(-1, 3, -1, -1)
+        # Channels last: the vectors [B, L, C] of every map are then views whose channels lie side by side.
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 def fingerprint(encoder: nn.Module) -> str:

@@ -521,3 +521,13 @@ def test_the_fingerprint_is_that_of_the_weights() -> None:
         parameter.data.view(-1)[0] += 1e-6
     assert fingerprint(one) != fingerprint(same)
     assert fingerprint(one) != fingerprint(make_mae().double())
+
+
+def test_compiled_features_are_one_graph() -> None:
+    joined, images = JoinedEncoders({"mae": make_mae(), "convnext": make_convnext()}), make_images()
+    compiled = torch.compile(lambda x: joined.features(x, families="ab"), backend="eager", fullgraph=True)
+    features = compiled(images)
+    expected = joined.features(images, families="ab")
+    assert list(features) == list(expected)
+    for name, feature in features.items():
+        torch.testing.assert_close(feature, expected[name])
