@@ -160,7 +160,7 @@ class DriftingPipeline:
             bfloat16: the generator's activations in bfloat16.
 
         Raises:
-            ValueError: an argument is not as stated, or an image is not finite.
+            ValueError: an argument is not as stated, or a picture is not finite.
         """
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type: expected one of {', '.join(get_args(OutputType))}, found {output_type!r}")

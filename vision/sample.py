@@ -85,6 +85,32 @@ def draw_inputs(model: ImageGenerator, draws: Sequence[torch.Generator], count: 
     return torch.cat(noise), torch.cat(style)
 
 
+def inputs_in_batches(model: ImageGenerator, seed: int, batches: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noise and style of samples, drawn one batch ahead by threads.
+
+    Args:
+        model: whose inputs they are.
+        seed: chooses them, with each sample's index.
+        batches: indices of the samples of each batch; at least one batch.
+
+    Yields:
+        As `draw_inputs` returns them, for each batch.
+    """
+
+    def draw(index: int) -> tuple[Tensor, Tensor]:
+        return draw_inputs(model, [seeded_generator(seed, "sample", index)], 1)
+
+    pool = ThreadPoolExecutor(max_workers=DRAWING_THREADS)
+    try:
+        drawn = deque([pool.map(draw, batches[0])])  # a map starts at once
+        for following in [*batches[1:], range(0)]:
+            drawn.append(pool.map(draw, following))
+            noise, style = zip(*drawn.popleft(), strict=True)
+            yield torch.cat(noise), torch.cat(style)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def images_in_batches(
     generator: ImageGenerator,
     labels: Tensor,
@@ -192,6 +218,18 @@ def require_decoder(model: ImageGenerator, tokenizer: Decoder | None) -> None:
         )
 
 
+def compile_networks(model: ImageGenerator, decoder: Tokenizer | TinyDecoder | None) -> None:
+    """Compile the networks in place, at their first pass, for the one batch size that they see.
+
+    Args:
+        model: the generator.
+        decoder: of its latents; None for pixels.
+    """
+    model.compile(dynamic=False)
+    if decoder is not None:
+        (decoder.vae.decoder if isinstance(decoder, Tokenizer) else decoder.decoder).compile(dynamic=False)
+
+
 @torch.no_grad()
 def _batches(
     model: ImageGenerator,
@@ -210,7 +248,7 @@ def _batches(
     starts = range(0, len(labels), batch_size)
     indices = [range(first_index + start, first_index + start + batch_size) for start in starts]
     alpha = torch.full((batch_size,), guidance_scale, device=device)
-    for start, (noise, style) in zip(starts, _inputs(model, seed, indices), strict=True):
+    for start, (noise, style) in zip(starts, inputs_in_batches(model, seed, indices), strict=True):
         label = labels[start : start + batch_size]
         count = len(label)
         label = torch.cat((label, label[-1:].expand(batch_size - count)))  # the last batch, filled up
@@ -218,23 +256,6 @@ def _batches(
             images = model(_to(noise, device), _to(label, device), alpha, _to(style, device))
         images = images if decode is None else decode(images.float())
         yield images[:count]
-
-
-def _inputs(model: ImageGenerator, seed: int, batches: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Noise and style of each batch of indices, drawn one batch ahead by threads."""
-
-    def draw(index: int) -> tuple[Tensor, Tensor]:
-        return draw_inputs(model, [seeded_generator(seed, "sample", index)], 1)
-
-    pool = ThreadPoolExecutor(max_workers=DRAWING_THREADS)
-    try:
-        drawn = deque([pool.map(draw, batches[0])])  # a map starts at once
-        for following in [*batches[1:], range(0)]:
-            drawn.append(pool.map(draw, following))
-            noise, style = zip(*drawn.popleft(), strict=True)
-            yield torch.cat(noise), torch.cat(style)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _Bytes:
@@ -309,7 +330,7 @@ def main(config: SampleConfig) -> int:
         raise UserError(str(error)) from error
     classes = _classes(config, model.num_classes)
     if config.compile:
-        _compile(model, decoder)
+        compile_networks(model, decoder)
     speed = _write(config, model, decoder, classes)
     print(f"{config.num} samples in {config.out}, {speed:.3g} images/s")
     return 0
@@ -341,13 +362,6 @@ def _classes(config: SampleConfig, num_classes: int) -> list[int]:
     if max(classes, default=0) >= num_classes:
         raise UserError(f"labels: expected classes below {num_classes}, found {max(classes)}")
     return classes or list(range(num_classes))
-
-
-def _compile(model: ImageGenerator, decoder: Tokenizer | TinyDecoder | None) -> None:
-    """Compile the networks in place, for the one batch size that they see."""
-    model.compile(dynamic=False)
-    if decoder is not None:
-        (decoder.vae.decoder if isinstance(decoder, Tokenizer) else decoder.decoder).compile(dynamic=False)
 
 
 def _write(
