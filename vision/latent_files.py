@@ -35,9 +35,9 @@ VARIANTS: Final = ("image", "mirror")
 MENDING: Final = "python -m vision.cache_latents with the same keys mends it"
 LatentDtype = Literal["float16", "float32"]
 
+_GROUP, _CREATE_LOCK = "zarr.json", "create.lock"
 _CRC_BYTES: Final = 4
 _PLACE_BYTES: Final = 16  # of a record in the table: offset and length, uint64 each
-_CODECS: Final = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +81,21 @@ def create_store(folder: Path, header: LatentHeader, labels: Tensor) -> None:
         folder: of the store.
         header: of the store.
         labels: `[n]` int64.
+
+    Raises:
+        DataError: the folder holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "create.lock", "w", encoding="utf-8") as lock:
+    others = {entry.name for entry in folder.iterdir()} - {MOMENTS, LABELS, _CREATE_LOCK}
+    if others and not (folder / _GROUP).exists():
+        raise DataError(
+            f"{folder}: expected an empty folder or a store of latents, found {', '.join(sorted(others)[:3])}"
+        )
+    with open(folder / _CREATE_LOCK, "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "zarr.json").exists():
+        if (folder / _GROUP).exists():
             return
+        _require_empty(folder)
         zarr.create_array(
             folder / MOMENTS,
             shape=(header.count, len(VARIANTS), *header.record_shape),
@@ -102,6 +111,26 @@ def create_store(folder: Path, header: LatentHeader, labels: Tensor) -> None:
             folder / LABELS, data=values, chunks=values.shape, compressors=[Crc32cCodec()], overwrite=True
         )
         zarr.create_group(folder, attributes={HEADER: to_plain(header)})  # last: it says that the rest is there
+
+
+def _require_empty(folder: Path) -> None:
+    """Leave a folder alone that holds anything but the remains of a store whose making was killed."""
+    own = (MOMENTS, LABELS, _CREATE_LOCK)
+    others = [entry.name for entry in folder.iterdir() if entry.name not in own and entry.suffix != ".partial"]
+    if others:
+        raise DataError(
+            f"{folder}: expected an empty folder or a store of latents, found {', '.join(sorted(others)[:3])}"
+        )
+
+
+def mark_complete(folder: Path, statistics: dict[str, list[float]]) -> None:
+    """Say that every file is there and whole.
+
+    Args:
+        folder: of the store.
+        statistics: "mean" and "std" of each channel over all latents, scaled.
+    """
+    zarr.open_group(folder, mode="r+", zarr_format=3).attrs[COMPLETE] = statistics
 
 
 def open_store(folder: Path) -> tuple[Any, LatentHeader]:
@@ -164,7 +193,7 @@ class LatentFiles:
     """
 
     def __init__(self, folder: Path, header: LatentHeader) -> None:
-        self._folder, self._header = folder, header
+        self.folder, self._header = folder, header
         self._records = header.chunk_images * len(VARIANTS)  # places in the table of each file
         self._dtype = np.dtype(header.dtype).newbyteorder("<")
 
@@ -173,12 +202,17 @@ class LatentFiles:
 
     def path(self, number: int) -> Path:
         """Where a file is."""
-        return self._folder.joinpath(MOMENTS, "c", str(number), *"00000")
+        return self.folder.joinpath(MOMENTS, "c", str(number), *"00000")
 
     def images(self, number: int) -> range:
         """Ids of the images of a file."""
         start = number * self._header.chunk_images
         return range(start, min(start + self._header.chunk_images, self._header.count))
+
+    def num_bytes(self, number: int) -> int:
+        """Size of a file."""
+        records = len(self.images(number)) * len(VARIANTS)
+        return records * self._header.record_bytes + self._records * _PLACE_BYTES + _CRC_BYTES
 
     def missing(self) -> list[int]:
         """Numbers of the files that are not there."""
@@ -243,8 +277,8 @@ class LatentFiles:
         values = np.ascontiguousarray(records[:, :-_CRC_BYTES]).view(self._dtype)
         return torch.from_numpy(values.reshape(-1, *self._header.record_shape))
 
-    def read(self, number: int) -> Tensor:
-        """All moments of a file, `[m, 2, 2, c, h, w]`, every record checked.
+    def read_records(self, number: int) -> np.ndarray:
+        """All records of a file, each checked, uint8 `[m * 2, bytes]`.
 
         Raises:
             DataError: it is missing or damaged.
@@ -252,10 +286,13 @@ class LatentFiles:
         images = self.images(number)
         records = self.empty(len(images) * len(VARIANTS))
         with self.opened(number) as file:
-            for row, (index, place) in enumerate(np.ndenumerate(self._table(number, file))):
-                image, variant = images[index[0]], index[1]
-                self.read_record(file, int(place), records[row], image=image, variant=variant)
-        return self.moments(records).unflatten(0, (len(images), len(VARIANTS)))
+            for row, ((index, variant), place) in enumerate(np.ndenumerate(self._table(number, file))):
+                self.read_record(file, int(place), records[row], image=images[index], variant=variant)
+        return records
+
+    def read(self, number: int) -> Tensor:
+        """All moments of a file, `[m, 2, 2, c, h, w]`, as `read_records` reads them."""
+        return self.moments(self.read_records(number)).unflatten(0, (-1, len(VARIANTS)))
 
     def write(self, number: int, moments: Tensor) -> None:
         """Write a file, whole or not at all.
@@ -270,7 +307,7 @@ class LatentFiles:
         images = self.images(number)
         for leftover in (self.path(number), *self.path(number).parent.glob("*.partial")):
             leftover.unlink(missing_ok=True)  # zarr would read it to change it
-        array: Any = zarr.open_array(self._folder / MOMENTS, mode="r+", zarr_format=3)
+        array: Any = zarr.open_array(self.folder / MOMENTS, mode="r+", zarr_format=3)
         array[images.start : images.stop] = moments.numpy()
 
     def _table(self, number: int, file: int) -> np.ndarray:
@@ -298,8 +335,7 @@ def _crc(content: Any) -> bytes:
 
 
 def _require_layout(folder: Path, moments: Any, header: LatentHeader) -> None:
-    crc32c = {"name": "crc32c"}
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, crc32c]
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {
         "chunk_shape": (1, 1, *header.record_shape),
         "codecs": codecs,

@@ -15,24 +15,33 @@ from torch import Tensor
 
 from driftfield.training import generator, to_plain
 from vision.data import DataError
-from vision.latent_files import COMPLETE, MENDING, LatentFiles, LatentHeader, open_store, read_labels
+from vision.latent_files import COMPLETE, MENDING, VARIANTS, LatentFiles, LatentHeader, open_store, read_labels
 from vision.tokenizer import Tokenizer
 from vision.visits import image_ids
 
 
 class LatentStore:
-    """Latents of a data set, from the disk; the system keeps in memory what is read often.
+    """Latents of a data set, read from the disk as they are asked for, or kept in memory.
 
     Args:
         folder: as `python -m vision.cache_latents` writes it.
         tokenizer: the one that decodes what a generator makes of these latents; the store must be of its weights.
         workers: threads that read.
+        memory_gib: read all of the store into memory if it fits into this. Where the disk is local, the system's own
+            cache serves all processes of a machine about as fast.
 
     Raises:
         DataError: no such store, or one that is not complete, lacks files, is damaged, or is of another tokenizer.
     """
 
-    def __init__(self, folder: str | Path, *, tokenizer: Tokenizer | None = None, workers: int = 8) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: Tokenizer | None = None,
+        workers: int = 8,
+        memory_gib: float = 0.0,
+    ) -> None:
         self.folder = Path(folder)
         group, self.header = open_store(self.folder)
         if tokenizer is not None:
@@ -48,6 +57,9 @@ class LatentStore:
         self._places = self._files.places()  # [n, 2]
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="latents")
+        self._memory: np.ndarray | None = None  # [n, 2, bytes]
+        if self.num_bytes <= memory_gib * 2**30:
+            self._memory = self._read_all()
 
     def __len__(self) -> int:
         return self.header.count
@@ -61,6 +73,11 @@ class LatentStore:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.header.class_names)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all records."""
+        return len(self) * len(VARIANTS) * self.header.record_bytes
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -100,13 +117,35 @@ class LatentStore:
         mean, std = self._files.moments(records).unbind(1)  # [k, c, h, w] each
         return noise.mul_(std).add_(mean).mul_(self.header.scale)
 
+    def _read_all(self) -> np.ndarray:
+        memory = self._files.empty(len(self) * len(VARIANTS)).reshape(len(self), len(VARIANTS), -1)
+
+        def read_file(number: int) -> None:
+            images = self._files.images(number)
+            records = self._files.read_records(number)
+            memory[images.start : images.stop] = records.reshape(len(images), len(VARIANTS), -1)
+
+        list(self._pool.map(read_file, range(len(self._files))))
+        return memory
+
     def _read_part(self, reads: "Sequence[_Read]", seed: int, records: np.ndarray, noise: Tensor) -> None:
-        for number, reads_of_file in groupby(reads, key=lambda read: read.image // self.header.chunk_images):
+        variants = []
+        for _, position, visit in reads:
+            draw = generator(seed, "latent", visit)
+            variant = draw.initial_seed() >> 63  # its highest bit; on the CPU the lower 32 make the noise
+            torch.randn(noise.shape[1:], generator=draw, out=noise[position])
+            variants.append(variant)
+        self._read_records(reads, variants, records)
+
+    def _read_records(self, reads: "Sequence[_Read]", variants: Sequence[int], records: np.ndarray) -> None:
+        images, positions = [read.image for read in reads], [read.position for read in reads]
+        if self._memory is not None:
+            records[positions] = self._memory[images, variants]
+            return
+        looks = zip(images, positions, variants, strict=True)
+        for number, looks_at_file in groupby(looks, key=lambda look: look[0] // self.header.chunk_images):
             with self._files.opened(number) as file:
-                for image, position, visit in reads_of_file:
-                    draw = generator(seed, "latent", visit)
-                    variant = draw.initial_seed() >> 63  # its highest bit; on the CPU the lower 32 make the noise
-                    torch.randn(noise.shape[1:], generator=draw, out=noise[position])
+                for image, position, variant in looks_at_file:
                     place = int(self._places[image, variant])
                     self._files.read_record(file, place, records[position], image=image, variant=variant)
 

@@ -137,6 +137,11 @@ class Tokenizer(nn.Module):
             raise ValueError(f"latents: expected [B, {self.channels}, h, w], found {list(latents.shape)}")
         return self._in_microbatches(self._decode, latents)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: the autoencoder is frozen."""
         return super().train(False)
