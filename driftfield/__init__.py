@@ -2,7 +2,15 @@
 
 from driftfield.field import drifting_field
 from driftfield.guidance import sample_guidance_scale, unconditional_weight
-from driftfield.loss import DriftingBatch, DriftingLoss, DriftingOutput, DriftStatistics, sum_over_features
+from driftfield.loss import (
+    DriftingBatch,
+    DriftingLoss,
+    DriftingOutput,
+    DriftStatistics,
+    FeatureBatch,
+    feature_statistics,
+    sum_over_features,
+)
 from driftfield.sample_queue import SampleQueue
 
 __all__ = [
@@ -10,8 +18,10 @@ __all__ = [
     "DriftingBatch",
     "DriftingLoss",
     "DriftingOutput",
+    "FeatureBatch",
     "SampleQueue",
     "drifting_field",
+    "feature_statistics",
     "sample_guidance_scale",
     "sum_over_features",
     "unconditional_weight",

@@ -1,7 +1,8 @@
 """The drifting loss: regression of generated samples onto their own drifted, frozen selves (Eq. 6, 13-14, 18-26)."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,6 +44,15 @@ class DriftingBatch(NamedTuple):
     positives: Tensor  # [..., P, D]
     unconditional: Tensor | None = None  # [..., M, D]
     unconditional_weight: Tensor | None = None  # [..., M]
+
+
+class FeatureBatch(NamedTuple):
+    """The arguments of one call of `sum_over_features`, by name of the feature."""
+
+    x: Mapping[str, Tensor]  # [B, ..., N, D] each
+    positives: Mapping[str, Tensor]  # [B, ..., P, D] each
+    unconditional: Mapping[str, Tensor] | None = None  # [B, ..., M, D] each
+    unconditional_weight: Tensor | None = None  # [B, M]
 
 
 class _Pairs(NamedTuple):
@@ -166,7 +176,8 @@ class DriftingLoss(nn.Module):
         """Scalars of the batch that the microbatches make up: the first pass of exact gradient accumulation.
 
         Args:
-            microbatches: the whole batch in pieces along the groups, all held in memory.
+            microbatches: the whole batch in pieces along the groups; gone through twice, so a container, or an object
+                whose iteration makes every piece anew.
 
         Raises:
             TypeError, ValueError: there are none, or as `forward` raises.
@@ -180,15 +191,18 @@ class DriftingLoss(nn.Module):
         >>> torch.allclose(exact, loss_fn(x, real).loss)
         True
         """
-        parts = [DriftingBatch(*part) for part in microbatches]
-        if not parts:
-            raise ValueError("microbatches is empty, expected at least one DriftingBatch")
-        for part in parts:
-            self._check(part)
-        with torch.autocast(parts[0].x.device.type, enabled=False):
-            scale, degenerate = _scale_and_degenerate(_total(_pairs(part).scale_sums for part in parts))
-            sums = _total(force_sums(self._forces(_pairs(part), scale)) for part in parts)
-            return DriftStatistics(scale, _drift_norm(sums), degenerate)
+        return feature_statistics(self, _Named(microbatches))[""]
+
+    @torch.no_grad()
+    def _scale_sums(self, batch: DriftingBatch) -> Tensor:
+        self._check(batch)
+        with torch.autocast(batch.x.device.type, enabled=False):
+            return _pairs(batch).scale_sums
+
+    @torch.no_grad()
+    def _force_sums(self, batch: DriftingBatch, scale: Tensor) -> Tensor:
+        with torch.autocast(batch.x.device.type, enabled=False):
+            return force_sums(self._forces(_pairs(batch), scale))
 
     def _coordinate_scale(self, scale: Tensor, dimension: int) -> Tensor:
         # Eq. 21: features have mean distance √D
@@ -264,7 +278,7 @@ def sum_over_features(
         positives: the same names to `[B, ..., P, D]`.
         unconditional: the same names to `[B, ..., M, D]`.
         unconditional_weight: `[B, M]`, the same for all features and locations.
-        statistics: the same names to what `loss_fn.statistics` returned (exact gradient accumulation).
+        statistics: what `feature_statistics` returned (exact gradient accumulation).
 
     Raises:
         TypeError: as `DriftingLoss` raises, with the name of the feature.
@@ -278,33 +292,96 @@ def sum_over_features(
     >>> [list(part.shape) for part in sum_over_features(DriftingLoss(), features, features)]
     [[2], [2, 3], [2], [2]]
     """
-    if not x:
-        raise ValueError("x has no features, expected at least one")
-    others = {"positives": positives, "unconditional": unconditional, "statistics": statistics}
-    for other_name, other in others.items():
-        if other is not None and other.keys() != x.keys():
-            raise ValueError(f"{other_name} has features {sorted(other)}, expected those of x: {sorted(x)}")
+    if statistics is not None and statistics.keys() != x.keys():
+        raise ValueError(f"statistics has features {sorted(statistics)}, expected those of x: {sorted(x)}")
     outputs = []
-    for name, feature in x.items():
-        weight = unconditional_weight
-        try:
-            check_points(x=feature)
-            if feature.ndim < 3:
-                raise ValueError(f"x must be [B, ..., N, D], got {list(feature.shape)}")
-            if isinstance(weight, Tensor) and weight.ndim == 2:
-                weight = weight.reshape(weight.shape[0], *[1] * (feature.ndim - 3), weight.shape[1])  # [B, ..., M]
-            output = loss_fn(
-                feature,
-                positives[name],
-                None if unconditional is None else unconditional[name],
-                weight,
-                statistics=None if statistics is None else statistics[name],
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"feature {name!r}: {error}") from error
-        outputs.append(output._replace(loss=output.loss.reshape(feature.shape[0], -1).mean(1)))  # [B]
+    for name, batch in _by_feature(FeatureBatch(x, positives, unconditional, unconditional_weight)):
+        with _naming(name):
+            output = loss_fn(*batch, statistics=None if statistics is None else statistics[name])
+        outputs.append(output._replace(loss=output.loss.reshape(batch.x.shape[0], -1).mean(1)))  # [B]
     loss, drift_norm, feature_scale, degenerate = (torch.stack(parts) for parts in zip(*outputs, strict=True))
     return DriftingOutput(loss.sum(0), drift_norm, feature_scale, degenerate)
+
+
+def feature_statistics(loss_fn: DriftingLoss, microbatches: Iterable[FeatureBatch]) -> dict[str, DriftStatistics]:
+    """Scalars of every feature over the batch that the microbatches make up, for exact gradient accumulation.
+
+    Args:
+        loss_fn: the loss of one feature.
+        microbatches: the whole batch in pieces along the groups; gone through twice, so a container, or an object
+            whose iteration computes every piece anew and so needs memory for one piece alone.
+
+    Raises:
+        TypeError, ValueError: there are none, or as `sum_over_features` raises.
+
+    Returns:
+        What to pass as `statistics` to `sum_over_features` for every microbatch.
+
+    >>> loss_fn, x = DriftingLoss(), {"pixels": torch.randn(4, 8, 3)}
+    >>> statistics = feature_statistics(loss_fn, [FeatureBatch(x, x)])
+    >>> torch.allclose(statistics["pixels"].drift_norm, sum_over_features(loss_fn, x, x).drift_norm)
+    True
+    """
+    scale_sums = _add_up(microbatches, lambda name, batch: loss_fn._scale_sums(batch))
+    scales = {name: _scale_and_degenerate(sums) for name, sums in scale_sums.items()}
+    sums = _add_up(microbatches, lambda name, batch: loss_fn._force_sums(batch, scales[name][0]))
+    return {
+        name: DriftStatistics(scale, _drift_norm(sums[name]), degenerate)
+        for name, (scale, degenerate) in scales.items()
+    }
+
+
+def _add_up(microbatches: Iterable[FeatureBatch], sums_of: Callable[[str, DriftingBatch], Tensor]) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {}
+    for part in microbatches:
+        for name, batch in _by_feature(part):
+            with _naming(name):
+                sums = sums_of(name, batch)
+            totals[name] = totals[name] + sums if name in totals else sums
+    if not totals:
+        raise ValueError("microbatches is empty, expected one or more pieces, to be gone through twice")
+    return totals
+
+
+class _Named:
+    """Pieces of a batch of one feature, as those of features of which there is one."""
+
+    def __init__(self, microbatches: Iterable[DriftingBatch]) -> None:
+        self._microbatches = microbatches
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        for x, positives, unconditional, weight in (DriftingBatch(*part) for part in self._microbatches):
+            yield FeatureBatch({"": x}, {"": positives}, None if unconditional is None else {"": unconditional}, weight)
+
+
+def _by_feature(batch: FeatureBatch) -> Iterator[tuple[str, DriftingBatch]]:
+    """The arguments of the loss of each feature, after a look at what only concerns all of them."""
+    x, positives, unconditional, unconditional_weight = batch
+    if not x:
+        raise ValueError("x has no features, expected at least one")
+    for other_name, other in {"positives": positives, "unconditional": unconditional}.items():
+        if other is not None and other.keys() != x.keys():
+            raise ValueError(f"{other_name} has features {sorted(other)}, expected those of x: {sorted(x)}")
+    for name, feature in x.items():
+        weight = unconditional_weight
+        with _naming(name):
+            check_points(x=feature)
+            if name and feature.ndim < 3:
+                raise ValueError(f"x must be [B, ..., N, D], got {list(feature.shape)}")
+        if isinstance(weight, Tensor) and weight.ndim == 2 and feature.ndim > 3:
+            weight = weight.reshape(weight.shape[0], *[1] * (feature.ndim - 3), weight.shape[1])  # [B, ..., M]
+        yield (
+            name,
+            DriftingBatch(feature, positives[name], None if unconditional is None else unconditional[name], weight),
+        )
+
+
+@contextmanager
+def _naming(feature: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"feature {feature!r}: {error}" if feature else str(error)) from error
 
 
 def _pairs(batch: DriftingBatch) -> _Pairs:
@@ -334,10 +411,6 @@ def _scale_and_degenerate(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _drift_norm(sums: Tensor) -> Tensor:
     sums = sum_over_processes(sums)
     return (sums[:-1] / sums[-1]).sqrt()  # λ, [temperatures]
-
-
-def _total(sums: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(sums)).sum(0)
 
 
 def _warn_of_regression(num_generated: int, num_positives: int, without_unconditional: bool) -> None:

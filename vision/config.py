@@ -6,26 +6,34 @@ from typing import Final, Literal
 
 from driftfield.training import option
 from vision.data import DatasetName
+from vision.imagenet import Augmentation, Classes
 
 CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "vision"
 Device = Literal["auto", "cpu", "cuda"]
+DataName = Literal[DatasetName, "imagenet", "latents"]
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the images come from."""
+    """Where the real samples come from."""
 
-    name: DatasetName = option("data set")
+    name: DataName = option("data set; imagenet: a folder of class folders; latents: a store of vision.cache_latents")
     folder: Path | None = option("folder of its files; null: scikit-learn, the system's package or an earlier download")
     download: bool = option("fetch the files if they are nowhere")
+    classes: Classes = option("class folders of imagenet: ImageNet's 1000 synsets, or whatever folders there are")
+    augmentation: Augmentation = option("of imagenet's images at each visit: none, flip, or random crop and flip")
+    image_size: int = option("side of imagenet's crops, in pixels", min=1)
+    workers: int = option("threads that read images or latents", min=1)
+    memory_gib: float = option("memory for decoded images that will soon be read again, in GiB", min=0)
 
 
 @dataclass(kw_only=True)
 class EncoderConfig:
-    """The masked autoencoder in whose features images drift (A.3); trained by `vision.train_mae`."""
+    """The features in which images drift: of pretrained encoders, or of a masked autoencoder trained first (A.3)."""
 
-    run_dir: Path = option("folder of its training and its weights; trained there if it holds none")
     features: str = option("families of features (A.5), letters of abcd; empty: drift in raw pixels alone")
+    pretrained: tuple[str, ...] = option("mae:FOLDER, convnextv2, resnet50:FILE ...; empty: train what follows")
+    run_dir: Path = option("folder of the masked autoencoder; trained there by vision.train_mae if it holds none")
     seed: int = option("seed of its training", min=0)
     base_channels: int = option("channels C of the first stage; each further stage doubles them", min=1)
     patch_size: int = option("side of the pixel patches that make the channels of its map", min=1)
@@ -34,11 +42,17 @@ class EncoderConfig:
     mask_ratio: float = option("probability that such a patch is hidden", above=0, below=1)
     images: int = option("images to train on in all", min=1)
     batch_size: int = option("images per step", min=1)
+    microbatch: int | None = option("images computed at once, by each process; null: all of them", min=1)
     learning_rate: float = option("peak learning rate", above=0)
     warmup_images: int = option("images until the peak", min=0)
+    cooldown_fraction: float = option("last part of the training over which the rate falls to 0", min=0, max=1)
     weight_decay: float = option("AdamW's weight decay", min=0)
     ema_decay: float = option("decay of the average of the weights", min=0, below=1)
     clip_norm: float = option("largest norm of the gradient", above=0)
+    classifier_images: int = option("images, the last ones, that also teach a classifier (A.3)", min=0)
+    classifier_weight: float = option("share of the classifier in the loss", min=0, max=1)
+    classifier_warmup_images: int = option("images over which the share rises from 0", min=0)
+    log_every_images: int = option("images between two lines of the log", min=1)
 
 
 @dataclass(kw_only=True)
@@ -111,6 +125,7 @@ class TrainConfig:
     device: Device = option("where to compute")
     bfloat16: bool = option("activations in bfloat16; parameters and loss stay float32")
     compile: bool = option("torch.compile the generator and the encoder")
+    tokenizer: str | None = option("autoencoder of the latents, folder or hub id; null: generate pixels")
     data: DataConfig
     encoder: EncoderConfig
     generator: GeneratorConfig
@@ -122,6 +137,10 @@ class TrainConfig:
     generated_per_label: int = option("N, generated images per group", min=2)
     positives_per_label: int = option("P, real images per group", min=1)
     unconditional_per_label: int = option("M, real images of any class per group", min=1)
+    labels_at_once: int | None = option("groups of a piece, which a process computes at once; null: all", min=1)
+    statistics: Literal["batch", "piece"] = option(
+        "scale and drift norm of the whole batch, or of what is computed at once"
+    )
     images: int = option("generated images to train on in all", min=1)
     learning_rate: float = option("AdamW's peak learning rate", above=0)
     warmup_images: int = option("images until the peak", min=0)

@@ -6,11 +6,11 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 from urllib.error import URLError
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from driftfield.training.errors import UserError
+from driftfield.training.seeding import generator
 
 DatasetName = Literal["digits", "fashion_mnist"]
 Split = Literal["train", "test"]
@@ -34,6 +35,69 @@ FASHION_MNIST_PADDING = 2  # black pixels on each side: 28 x 28 -> 32 x 32, a si
 DIGITS_LEVELS = 16  # scans are counts 0..16 of black pixels in 4 x 4 cells
 DIGITS_TEST_PER_CLASS = 50
 DIGITS_SPLIT_SEED = 2602  # of numpy's RandomState, whose stream is frozen for good
+
+
+class RealSamples(Protocol):
+    """Real training samples, in memory or on disk, read by *visit*: epoch * len + position.
+
+    A sample may look different at every visit (mirrored, cropped, drawn from its posterior), as a function of the seed
+    and the visit alone.
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each sample, `[n]` int64."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """One name per class."""
+        ...
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one sample."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies everything a training run sees."""
+        ...
+
+    def read(self, visits: Tensor, *, seed: int) -> Tensor:
+        """Samples of visits `[k]`, float32 `[k, C, H, W]` on the CPU."""
+        ...
+
+
+class Epochs:
+    """The endless sequence of visits: every epoch each sample once, in an order of its own.
+
+    Args:
+        num: samples of an epoch.
+        seed: of the orders.
+
+    >>> epochs = Epochs(5, seed=0)
+    >>> sorted(epochs(0, 5).tolist()), sorted(epochs(5, 5).tolist())
+    ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    """
+
+    def __init__(self, num: int, *, seed: int) -> None:
+        self._num, self._seed = num, seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch last asked for, and its order
+
+    def __call__(self, start: int, count: int) -> Tensor:
+        """Visits `start` to `start + count` of the sequence, `[count]` int64."""
+        parts = []
+        while count:
+            epoch, offset = divmod(start, self._num)
+            if self._order[0] != epoch:
+                self._order = (epoch, torch.randperm(self._num, generator=generator(self._seed, "order", epoch)))
+            part = self._order[1][offset : offset + count]
+            parts.append(epoch * self._num + part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)
 
 
 class DataError(UserError, ValueError):
@@ -101,7 +165,7 @@ class ImageSet:
         return len(self.class_names)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
@@ -115,26 +179,32 @@ class ImageSet:
         digest.update(self.images.contiguous().numpy().data)
         return digest.hexdigest()
 
+    def read(self, visits: Tensor, *, seed: int = 0) -> Tensor:
+        """Images of visits `[k]`, float32 in [-1, 1] `[k, C, H, W]`; the same at every visit, whatever the seed."""
+        return to_float(self.images[visits % len(self)])
+
     def counts(self) -> Tensor:
         """Number of images of each class, `[classes]`."""
         return torch.bincount(self.labels, minlength=self.num_classes)
 
-    def require_per_class(self, minimum: int, *, purpose: str) -> None:
-        """Refuse a set in which some class has fewer than `minimum` images.
 
-        Args:
-            minimum: images needed of every class.
-            purpose: what they are needed for, as the message will say it.
+def require_per_class(real: RealSamples, minimum: int, *, purpose: str) -> None:
+    """Refuse samples of which some class has fewer than `minimum`.
 
-        Raises:
-            DataError: naming the first class that has too few.
-        """
-        for class_name, found in zip(self.class_names, self.counts().tolist(), strict=True):
-            if found < minimum:
-                raise DataError(
-                    f"{self.title}: class {class_name!r} must have at least {minimum} images for {purpose}, "
-                    f"found {found}"
-                )
+    Args:
+        real: the samples.
+        minimum: samples needed of every class.
+        purpose: what they are needed for, as the message will say it.
+
+    Raises:
+        DataError: naming the first class that has too few.
+    """
+    counts = torch.bincount(real.labels, minlength=len(real.class_names)).tolist()
+    for class_name, found in zip(real.class_names, counts, strict=True):
+        if found < minimum:
+            raise DataError(
+                f"data: class {class_name!r} must have at least {minimum} images for {purpose}, found {found}"
+            )
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -182,7 +252,7 @@ def load(name: DatasetName, split: Split, *, data_dir: str | Path | None = None,
     Returns:
         The images with their labels.
 
-    >>> load("digits", "train").image_shape
+    >>> load("digits", "train").sample_shape
     (1, 8, 8)
     """
     if name not in LOADERS:

@@ -9,7 +9,9 @@ from vision.config import Device
 
 
 def choose_device(name: Device) -> torch.device:
-    """`auto` is the GPU where there is one; on a GPU, algorithms whose result is the same every time are asked for.
+    """`auto` is the GPU where there is one, under torchrun each process's own.
+
+    On a GPU, algorithms whose result is the same every time are asked for.
 
     Raises:
         UserError: a GPU is asked for and PyTorch finds none.
@@ -21,6 +23,8 @@ def choose_device(name: Device) -> torch.device:
         raise UserError("device: expected a CUDA GPU, found none that PyTorch can use; device=cpu computes without")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun numbers a machine's processes
+        torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         torch.use_deterministic_algorithms(True, warn_only=True)
     return device

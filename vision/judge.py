@@ -288,7 +288,7 @@ def _new_network(train: ImageSet, settings: JudgeSettings) -> JudgeNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "judge weights"))
         return JudgeNetwork(
-            image_shape=train.image_shape,
+            image_shape=train.sample_shape,
             num_classes=train.num_classes,
             widths=settings.widths,
             stem_stride=settings.stem_stride,
@@ -340,7 +340,7 @@ def _settings_for(train: ImageSet) -> JudgeSettings:
 def _check_splits(train: ImageSet, test: ImageSet) -> None:
     for what, first, second in [
         ("name", train.name, test.name),
-        ("image shape", train.image_shape, test.image_shape),
+        ("image shape", train.sample_shape, test.sample_shape),
         ("classes", train.class_names, test.class_names),
     ]:
         if first != second:

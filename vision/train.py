@@ -2,60 +2,83 @@
 
 Without an argument: scikit-learn's digits, in about two minutes on two CPU cores. To resume a run that was
 stopped or killed, run the same command again. The loss is flat by construction; what falls is lambda, the norm of the
-drift.
+drift. Several GPUs: `torchrun --nproc-per-node=8 -m vision.train ...` shares the labels of each step.
 """
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from driftfield import DriftingLoss, DriftingOutput, SampleQueue, sample_guidance_scale, sum_over_features
+from driftfield import (
+    DriftingLoss,
+    DriftingOutput,
+    DriftStatistics,
+    FeatureBatch,
+    SampleQueue,
+    feature_statistics,
+    sample_guidance_scale,
+    sum_over_features,
+)
 from driftfield import unconditional_weight as weight_of_unconditional
+from driftfield.normalization import sum_over_processes
 from driftfield.training import (
     EMA,
-    Checkpoint,
-    Progress,
+    Action,
     RunFolder,
-    RunLog,
+    Stopped,
     StopRequest,
     UserError,
-    fault_point,
+    barrier,
     generator,
+    is_main,
     load_optimizer,
     optimizer_state,
+    process_group,
+    require_equal,
+    run_loop,
     run_program,
+    share,
+    sum_gradients,
     to_plain,
+    to_yaml,
     warmup_constant,
 )
 from driftfield.training.atomic_file import write_json
 from vision.config import CONFIG_DIR, TrainConfig
-from vision.data import ImageSet, Split, load
+from vision.data import Epochs, ImageSet, RealSamples, load, require_per_class
 from vision.device import choose_device
+from vision.encoders import load_encoder
 from vision.evaluate import MODEL, Judgement, table
-from vision.features import group_by_label, image_features
+from vision.features import Encoder, family_of, group_by_label, image_features
 from vision.generator import ImageGenerator
-from vision.mae import ResNetMAE
 from vision.pictures import save_animation, save_grid
+from vision.real import load_real, load_tokenizer
 from vision.real_features import RealFeatures
 from vision.sample import draw_inputs, sample
-from vision.train_mae import Stopped, pretrained_encoder
+from vision.tokenizer import Tokenizer
+from vision.train_mae import trained_mae
 
 BETAS: Final = (0.9, 0.95)  # A.9
 MAX_REJECTED_STEPS: Final = 10  # in a row
 PICTURE_ROWS: Final = 10  # images of each class in the pictures of training
+MAX_PICTURE_CLASSES: Final = 10
 RESULTS: Final = "results.json"
 PICTURES: Final = "pictures"  # folder of the grids through training
 
 
-class StepResult(NamedTuple):
-    """What a step tells the log."""
+class Piece(NamedTuple):
+    """The labels of a step that are computed at once, and what was drawn for them."""
 
-    output: DriftingOutput
-    gradient_norm: float
-    applied: bool
+    slots: range  # places of the labels among those of the step
+    labels: Tensor  # [l]
+    alpha: Tensor  # [l]
+    positives: Tensor  # visits [l, P]
+    unconditional: Tensor  # visits [l, M]
 
 
 class Training:
@@ -63,19 +86,20 @@ class Training:
 
     Args:
         config: as the program was told.
-        real: real training images.
-        encoder: frozen; None drifts in raw pixels alone.
+        real: real training samples.
+        encoder: frozen; None drifts in the samples themselves alone.
         device: where to compute.
     """
 
-    def __init__(self, config: TrainConfig, real: ImageSet, encoder: ResNetMAE | None, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, real: RealSamples, encoder: Encoder | None, device: torch.device) -> None:
         self.config, self.real, self.encoder, self.device = config, real, encoder, device
         self.step_number = 0
         self.rejected_steps = 0  # in a row
-        channels, image_size, _ = real.image_shape
-        self.generator = build_generator(
-            config, channels=channels, image_size=image_size, num_classes=real.num_classes
-        ).to(device)
+        channels, image_size, _ = real.sample_shape
+        num_classes = len(real.class_names)
+        self.generator = build_generator(config, channels=channels, image_size=image_size, num_classes=num_classes).to(
+            device
+        )
         self.optimizer = torch.optim.AdamW(
             self.generator.named_parameters(),
             lr=config.learning_rate,
@@ -85,32 +109,46 @@ class Training:
         )
         self.ema = EMA(self.generator, decays=config.ema_decays, warmup=True)
         self.loss = DriftingLoss(**to_plain(config.loss))
-        self.queue = SampleQueue(real.num_classes, config.queue.per_class)  # of positions in `real`
+        self.queue = SampleQueue(num_classes, config.queue.per_class)  # of visits of `real`
         self.unconditional_queue = SampleQueue(1, config.queue.unconditional)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its order of the real images
+        self._epochs = Epochs(len(real), seed=config.seed)
         self._fill_queues()
-        self.real_features = RealFeatures(real.images, self._encode, device, memory_mib=config.real_features_mib)
         self._generate = torch.compile(self.generator) if config.compile else self.generator
+        self._encode = torch.compile(self._encode_eagerly) if config.compile else self._encode_eagerly
+        self.real_features = RealFeatures(
+            real, self._encode, device, seed=config.seed, memory_mib=config.real_features_mib
+        )
+
+    @property
+    def samples_per_step(self) -> int:
+        """Generated images of a step, those of all processes together: B = N_c · N."""
+        return self.config.images_per_step
 
     @property
     def images_seen(self) -> int:
         """Generated images trained on."""
-        return self.step_number * self.config.images_per_step
+        return self.step_number * self.samples_per_step
 
-    def step(self) -> StepResult:
-        """One training step: the seven lines of A.9."""
-        labels = self._push_newest_real()  # 1. newest real images into the queues; the labels of this step  [L]
+    def step(self) -> dict[str, float | Tensor]:
+        """One training step: the seven lines of A.9, for the labels that this process computes.
+
+        Returns:
+            What the progress line and the log show.
+        """
+        labels = self._push_newest_real()  # 1. newest real samples into the queues; the labels of this step  [L]
         alpha = self._draw_guidance_scale(len(labels))  # 2. one guidance scale per label  [L]
-        positives, unconditional = self._draw_real(labels)  # 3. real images from the queues  [L, P] and [L, M]
-        x = self._draw_generated(labels, alpha)  # 4. N images per label from noise, in one pass  [L·N, C, H, W]
-        output = sum_over_features(  # 5.-6. the loss in every feature; the real ones carry no gradient
-            self.loss,
-            group_by_label(self._encode(x), len(labels)),
-            self.real_features(positives),
-            self.real_features(unconditional),
-            self._unconditional_weight(alpha),
-        )
-        return StepResult(output, *self._update(output.loss.mean()))  # 7. AdamW and the averages of the weights
+        positives, unconditional = self._draw_real(labels)  # 3. real samples from the queues  [L, P] and [L, M]
+        pieces = self._pieces(labels, alpha, positives, unconditional)
+        statistics = self._batch_statistics(pieces)
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = []
+        for piece in pieces:
+            batch = self._features(piece)  # 4.-5. N images per label in one pass; features of these and of real ones
+            output = sum_over_features(self.loss, *batch, statistics=statistics)  # 6. the loss in every feature
+            (output.loss.sum() / len(labels)).backward()
+            outputs.append(DriftingOutput(*(part.detach() for part in output)))
+        gradient_norm = self._update()  # 7. AdamW and the averages of the weights
+        return self._values(outputs, list(batch.x), gradient_norm)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors a resumed run needs, for a checkpoint."""
@@ -140,36 +178,25 @@ class Training:
         return generator(self.config.seed, *purpose, self.step_number)
 
     def _fill_queues(self) -> None:
-        """Every class full, or all its images, before the first step: no step ever lacks positives."""
-        ids = torch.randperm(len(self.real), generator=generator(self.config.seed, "fill"))
-        self.queue.push(ids, self.real.labels[ids])
-        self.unconditional_queue.push(ids, torch.zeros_like(ids))
+        """Every class full, or all its samples, before the first step: no step ever lacks positives."""
+        visits = torch.randperm(len(self.real), generator=generator(self.config.seed, "fill"))
+        self._push(visits)
 
     def _push_newest_real(self) -> Tensor:
         count = self.config.queue.push_per_step
-        ids = self._real_ids(self.step_number * count, count)
-        self.queue.push(ids, self.real.labels[ids])
-        self.unconditional_queue.push(ids, torch.zeros_like(ids))
-        return self.real.labels[ids[: self.config.labels_per_step]]
+        return self._push(self._epochs(self.step_number * count, count))[: self.config.labels_per_step]
 
-    def _real_ids(self, start: int, count: int) -> Tensor:
-        """Positions `start` to `start + count` of the endless sequence of shuffled epochs."""
-        parts = []
-        while count:
-            epoch, offset = divmod(start, len(self.real))
-            if self._order[0] != epoch:
-                order = torch.randperm(len(self.real), generator=generator(self.config.seed, "order", epoch))
-                self._order = (epoch, order)
-            part = self._order[1][offset : offset + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return torch.cat(parts)
+    def _push(self, visits: Tensor) -> Tensor:
+        labels = self.real.labels[visits % len(self.real)]
+        self.queue.push(visits, labels)
+        self.unconditional_queue.push(visits, torch.zeros_like(labels))
+        return labels
 
     def _draw_guidance_scale(self, num: int) -> Tensor:
         return sample_guidance_scale(num, **to_plain(self.config.guidance), generator=self._random("guidance"))
 
     def _draw_real(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of P images of each label and M images of any class."""
+        """Visits of P samples of each label and M samples of any class."""
         config = self.config
         positives = self.queue.sample(labels, config.positives_per_label, generator=self._random("positives"))
         unconditional = self.unconditional_queue.sample(
@@ -177,33 +204,62 @@ class Training:
         )
         return positives, unconditional  # [L, P], [L, M]
 
-    def _draw_generated(self, labels: Tensor, alpha: Tensor) -> Tensor:
+    def _pieces(self, labels: Tensor, alpha: Tensor, positives: Tensor, unconditional: Tensor) -> list[Piece]:
+        """What this process computes, in pieces that fit into its memory."""
+        slots = range(len(labels))[share(len(labels))]
+        size = self.config.labels_at_once or len(slots)
+        pieces = [slots[start : start + size] for start in range(0, len(slots), size)]
+        return [
+            Piece(piece, *(part[piece.start : piece.stop] for part in (labels, alpha, positives, unconditional)))
+            for piece in pieces
+        ]
+
+    def _batch_statistics(self, pieces: list[Piece]) -> Mapping[str, DriftStatistics] | None:
+        """Scale and drift norms of the whole batch where it is computed in pieces: two passes without gradient."""
+        if self.config.statistics == "piece" or len(pieces) == 1:
+            return None  # the loss takes those of what it is given, over all processes
+        with torch.no_grad():
+            return feature_statistics(self.loss, _Anew(self, pieces))
+
+    def _features(self, piece: Piece) -> FeatureBatch:
+        """Features of generated images, and of real samples without gradient, by label."""
+        x = self._draw_generated(piece)  # [l·N, C, H, W]
+        return FeatureBatch(
+            group_by_label(self._encode(x), len(piece.labels)),
+            self.real_features(piece.positives),
+            self.real_features(piece.unconditional),
+            self._unconditional_weight(piece.alpha),
+        )
+
+    def _draw_generated(self, piece: Piece) -> Tensor:
         """Noise and style of a slot depend on (seed, step, slot) alone, however slots are spread over processes."""
         count = self.config.generated_per_label
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bfloat16):
-            noise, style = draw_inputs(
-                self.generator, [self._random("generated", slot) for slot in range(len(labels))], count
-            )
+        with self._autocast():
+            draws = [self._random("generated", slot) for slot in piece.slots]
+            noise, style = draw_inputs(self.generator, draws, count)
             images = self._generate(
                 noise.to(self.device),
-                labels.repeat_interleave(count).to(self.device),
-                alpha.repeat_interleave(count).to(self.device),
+                piece.labels.repeat_interleave(count).to(self.device),
+                piece.alpha.repeat_interleave(count).to(self.device),
                 style.to(self.device),
-            )  # [L·N, C, H, W]
+            )  # [l·N, C, H, W]
         return images.float()
 
-    def _encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Features `[B, locations, channels]` by name of images `[B, C, H, W]`: raw pixels, and the encoder's."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bfloat16):
+    def _encode_eagerly(self, images: Tensor) -> dict[str, Tensor]:
+        """Features `[B, locations, channels]` by name of samples `[B, C, H, W]`: themselves, and the encoder's."""
+        with self._autocast():
             return image_features(images, self.encoder, families=self.config.encoder.features or "a")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bfloat16)
 
     def _unconditional_weight(self, alpha: Tensor) -> Tensor:
         count = self.config.unconditional_per_label
         weight = weight_of_unconditional(alpha, self.config.generated_per_label, count)  # A.7  [L]
         return weight[:, None].expand(-1, count).to(self.device)
 
-    def _update(self, loss: Tensor) -> tuple[float, bool]:
-        """Norm of the gradient, and whether the step was taken: a gradient that is not finite changes nothing."""
+    def _update(self) -> float:
+        """Norm of the gradient; the step is taken unless it is not finite, which changes nothing in any process."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = warmup_constant(
@@ -213,8 +269,7 @@ class Training:
                 total_samples=config.images,
                 cooldown_fraction=config.cooldown_fraction,
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        sum_gradients(self.generator.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip_norm).item()
         applied = norm < float("inf")  # False for NaN too
         if applied:
@@ -222,7 +277,41 @@ class Training:
             self.ema.update()
         self.step_number += 1
         self.rejected_steps = 0 if applied else self.rejected_steps + 1
-        return norm, applied
+        if self.rejected_steps >= MAX_REJECTED_STEPS:
+            raise UserError(
+                f"{MAX_REJECTED_STEPS} steps in a row had a gradient that is not finite, the last at step "
+                f"{self.step_number}: nothing was changed since; try a lower learning_rate"
+            )
+        return norm
+
+    def _values(self, outputs: list[DriftingOutput], names: list[str], gradient_norm: float) -> dict[str, Any]:
+        """λ over all features, by temperature and by family of features: geometric means, since they differ widely."""
+        norms = torch.stack([output.drift_norm for output in outputs])  # [pieces, features, temperatures]
+        log = norms.clamp(min=torch.finfo(norms.dtype).tiny).log().mean(0)  # [features, temperatures]
+        config, families = self.config, [family_of(name) for name in names]
+        return {
+            "loss": sum_over_processes(torch.cat([output.loss for output in outputs]).sum()) / config.labels_per_step,
+            "lambda": log.mean().exp(),
+            **{f"lambda/{t}": each.exp() for t, each in zip(self.loss.temperatures, log.mean(0), strict=True)},
+            **{
+                f"lambda/{family}": log[[other == family for other in families]].mean().exp()
+                for family in sorted(set(families))
+            },
+            "gradient_norm": gradient_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "rejected_steps": self.rejected_steps,
+            "degenerate_features": torch.stack([output.degenerate for output in outputs]).sum(),
+        }
+
+
+class _Anew:
+    """The features of every piece, computed at each iteration: memory for one piece is enough."""
+
+    def __init__(self, training: Training, pieces: list[Piece]) -> None:
+        self._training, self._pieces = training, pieces
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        return map(self._training._features, self._pieces)
 
 
 def build_generator(config: TrainConfig, *, channels: int, image_size: int, num_classes: int) -> ImageGenerator:
@@ -234,139 +323,136 @@ def build_generator(config: TrainConfig, *, channels: int, image_size: int, num_
         )
 
 
-def run(config: TrainConfig, folder: Path, stop: StopRequest) -> dict[str, Any]:
-    """Train to the end, from the newest checkpoint if there is one.
+def run(
+    config: TrainConfig, real: RealSamples, tokenizer: Tokenizer | None, device: torch.device, stop: StopRequest
+) -> None:
+    """Train to the end, from the newest checkpoint if there is one, then judge and write `results.json`.
 
     Raises:
         Stopped: a stop was requested; the checkpoint is written.
         UserError: the data, the folder or the disk do not allow it, or gradients stay not finite.
-
-    Returns:
-        What `results.json` says.
     """
-    start = time.monotonic()
-    device = choose_device(config.device)
-    real, held_out = _load(config, "train"), _load(config, "test")
-    encoder = pretrained_encoder(config.encoder, real, device, stop) if config.encoder.features else None
-    training = Training(config, real, encoder, device)
-    checkpoint = Checkpoint(folder / "checkpoints")
-    loaded = checkpoint.load()
-    if loaded is not None:
-        training.restore(*loaded)
-        print(f"resuming at image {training.images_seen}")
+    start, folder = time.monotonic(), config.run_dir
+    training = Training(config, real, build_encoder(config, real, tokenizer, device, stop), device)
+    pictures = Pictures(training, tokenizer, folder)
     train_start = time.monotonic()
-    _loop(training, checkpoint, folder, stop)
-    trained_s = time.monotonic() - train_start
-    save_animation(sorted((folder / PICTURES).glob("*.png")), folder / "training.gif")
-    for decay in config.ema_decays[1:]:
-        with training.ema.swapped(decay):
-            training.generator.save_pretrained(folder / f"{MODEL}-{decay}")
-    with training.ema.swapped():
-        training.generator.save_pretrained(folder / MODEL)
-        judgement = Judgement(config.judge, real, held_out, device)
-        evaluation = judgement.evaluate(
-            training.generator, num=config.evaluate_images, guidance_scale=config.evaluate_guidance_scale
+    try:
+        run_loop(
+            training,
+            folder,
+            stop,
+            name="train",
+            samples=config.images,
+            checkpoint_every=config.checkpoint_every_images,
+            log_every=config.log_every_images,
+            shown=("lambda",),
+            actions=[Action(config.picture_every_images, pictures.save)],
+            writers=config.writers,
         )
+    except ValueError as error:  # a tensor that is not finite, named
+        raise UserError(f"step {training.step_number}: {error}") from error
+    trained_s = time.monotonic() - train_start
+    if is_main():
+        save_animation(sorted((folder / PICTURES).glob("*.png")), folder / "training.gif")
+        for decay in config.ema_decays[1:]:
+            with training.ema.swapped(decay):
+                training.generator.save_pretrained(folder / f"{MODEL}-{decay}")
+        with training.ema.swapped():
+            training.generator.save_pretrained(folder / MODEL)
+            judged = judge(config, training)
+        results = {
+            "images_seen": training.images_seen,
+            "generator_parameters": sum(parameter.numel() for parameter in training.generator.parameters()),
+            "device": str(device),
+            "trained_in_this_start_s": round(trained_s, 1),
+            "this_start_s": round(time.monotonic() - start, 1),
+            **judged,
+        }
+        write_json(folder / RESULTS, results)
+    barrier()
+
+
+def build_encoder(
+    config: TrainConfig, real: RealSamples, tokenizer: Tokenizer | None, device: torch.device, stop: StopRequest
+) -> Encoder | None:
+    """The frozen encoder that a configuration names; a masked autoencoder is trained first if it is not there."""
+    if config.encoder.pretrained:
+        try:
+            return load_encoder(config.encoder.pretrained, tokenizer=tokenizer).to(device)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from error
+    if config.encoder.features:
+        return trained_mae(config.encoder, real, device, stop, tokenizer=tokenizer, bfloat16=config.bfloat16)
+    return None
+
+
+def judge(config: TrainConfig, training: Training) -> dict[str, Any]:
+    """What a classifier that training never saw says of one-step samples, for data that have one."""
+    real = training.real
+    if not isinstance(real, ImageSet) or config.data.name == "imagenet" or config.data.name == "latents":
+        print("judge the model by python -m vision.evaluate_imagenet")
+        return {}
+    held_out = load(config.data.name, "test", data_dir=config.data.folder, download=config.data.download)
+    scale = config.evaluate_guidance_scale
+    judgement = Judgement(config.judge, real, held_out, training.device)
+    evaluation = judgement.evaluate(training.generator, num=config.evaluate_images, guidance_scale=scale)
     print(f"{config.evaluate_images} one-step samples, in the features of {evaluation.feature_space}")
-    print(table({config.evaluate_guidance_scale: evaluation}))
-    return {
-        "images_seen": training.images_seen,
-        "generator_parameters": sum(parameter.numel() for parameter in training.generator.parameters()),
-        "device": str(device),
-        "trained_in_this_start_s": round(trained_s, 1),
-        "this_start_s": round(time.monotonic() - start, 1),
-        "guidance_scale": config.evaluate_guidance_scale,
-        "evaluation": evaluation._asdict(),
-    }
+    print(table({scale: evaluation}))
+    return {"guidance_scale": scale, "evaluation": evaluation._asdict()}
 
 
-def _load(config: TrainConfig, split: Split) -> ImageSet:
-    return load(config.data.name, split, data_dir=config.data.folder, download=config.data.download)
+class Pictures:
+    """Grids of samples through training: the same noise at every time, a column per class.
 
+    Args:
+        training: whose generator draws them.
+        tokenizer: decodes latents.
+        folder: the run's folder.
+    """
 
-def _loop(training: Training, checkpoint: Checkpoint, folder: Path, stop: StopRequest) -> None:
-    config = training.config
-    log = RunLog(folder, resume_step=training.step_number, writers=config.writers)
-    progress = Progress(config.images, initial=training.images_seen)
-    with log, progress:
-        if training.step_number == 0:
-            _save_picture(training, folder)
-        while training.images_seen < config.images:
-            fault_point(f"train.step.{training.step_number}")
-            try:
-                result = training.step()
-            except ValueError as error:  # a tensor that is not finite, named
-                raise UserError(f"step {training.step_number}: {error}") from error
-            if training.rejected_steps >= MAX_REJECTED_STEPS:
-                raise UserError(
-                    f"{MAX_REJECTED_STEPS} steps in a row had a gradient that is not finite, the last at step "
-                    f"{training.step_number}: nothing was changed since; try a lower learning_rate"
-                )
-            progress.update(config.images_per_step, lambda_=_geometric_mean(result.output.drift_norm).item())
-            if _is_due(training, config.log_every_images):
-                _write_log(log, training, result)
-            if _is_due(training, config.picture_every_images):
-                _save_picture(training, folder)
-            if stop.requested or _is_due(training, config.checkpoint_every_images):
-                checkpoint.save(training.step_number, training.tensors(), training.state())
-            if stop.requested:
-                raise Stopped
+    def __init__(self, training: Training, tokenizer: Tokenizer | None, folder: Path) -> None:
+        self.training, self.tokenizer, self.folder = training, tokenizer, folder
 
-
-def _is_due(training: Training, every_images: int) -> bool:
-    """Whether the last step crossed a multiple of `every_images`, or was the last one of all."""
-    seen, step = training.images_seen, training.config.images_per_step
-    return seen // every_images > (seen - step) // every_images or seen >= training.config.images
-
-
-def _write_log(log: RunLog, training: Training, result: StepResult) -> None:
-    output = result.output
-    per_temperature = {
-        f"lambda/{temperature}": _geometric_mean(norms).item()
-        for temperature, norms in zip(training.config.loss.temperatures, output.drift_norm.unbind(1), strict=True)
-    }
-    log.log(
-        training.step_number,
-        training.images_seen,
-        loss=output.loss.mean().item(),
-        **{"lambda": _geometric_mean(output.drift_norm).item()},
-        **per_temperature,
-        gradient_norm=result.gradient_norm,
-        learning_rate=training.optimizer.param_groups[0]["lr"],
-        rejected_steps=training.rejected_steps,
-        degenerate_features=int(output.degenerate.sum()),
-    )
-
-
-def _geometric_mean(drift_norm: Tensor) -> Tensor:
-    """Of all entries: features differ in λ by orders of magnitude."""
-    return drift_norm.clamp(min=torch.finfo(drift_norm.dtype).tiny).log().mean().exp()
-
-
-def _save_picture(training: Training, folder: Path) -> None:
-    """The same noise at every time: a column per class."""
-    labels = torch.arange(training.real.num_classes).repeat(PICTURE_ROWS)
-    with training.ema.swapped():
-        images = sample(training.generator, labels, guidance_scale=training.config.evaluate_guidance_scale)
-    (folder / PICTURES).mkdir(exist_ok=True)
-    for name in (f"{PICTURES}/{training.images_seen:010d}.png", "samples.png"):
-        save_grid(images, folder / name, columns=training.real.num_classes)
+    def save(self) -> None:
+        """Draw and write one."""
+        training, num_classes = self.training, len(self.training.real.class_names)
+        columns = min(num_classes, MAX_PICTURE_CLASSES)
+        classes = torch.arange(columns) * num_classes // columns
+        with training.ema.swapped():
+            images = sample(
+                training.generator,
+                classes.repeat(PICTURE_ROWS),
+                guidance_scale=training.config.evaluate_guidance_scale,
+            )
+        if self.tokenizer is not None:
+            with torch.no_grad():
+                images = self.tokenizer.decode(images.to(training.device)).cpu()
+        (self.folder / PICTURES).mkdir(exist_ok=True)
+        for name in (f"{PICTURES}/{training.images_seen:010d}.png", "samples.png"):
+            save_grid(images, self.folder / name, columns=columns)
 
 
 def main(config: TrainConfig) -> int:
     """Train, judge, and say where everything is."""
-    _load(config, "train").require_per_class(config.positives_per_label, purpose="the positives of a step")
-    with RunFolder(config.run_dir, config, may_change=("run_dir",)) as folder, StopRequest() as stop:
-        results = folder.path / RESULTS
-        if results.exists():
-            print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete {folder.path}")
-            return 0
-        try:
-            write_json(results, run(config, folder.path, stop))
-        except Stopped:
-            print(f"stopped and saved; the same command goes on from here ({folder.path})")
-            return stop.exit_code
-    print(f"samples: {folder.path / 'samples.png'}, training: {folder.path / 'training.gif'}, figures: {results}")
+    device = choose_device(config.device)
+    with process_group(device), StopRequest() as stop:
+        tokenizer = load_tokenizer(config.tokenizer, device, bfloat16=config.bfloat16)
+        real = load_real(config.data, tokenizer)
+        require_per_class(real, config.positives_per_label, purpose="the positives of a step")
+        require_equal(config=to_yaml(config), data=real.fingerprint)
+        with RunFolder(config.run_dir, config, may_change=("run_dir",)) if is_main() else nullcontext():
+            results = config.run_dir / RESULTS
+            if results.exists():
+                print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
+                return 0
+            try:
+                run(config, real, tokenizer, device, stop)
+            except Stopped:
+                print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
+                return stop.exit_code
+        if is_main():
+            names = (config.run_dir / name for name in ("samples.png", "training.gif", RESULTS))
+            print("samples: {}, training: {}, figures: {}".format(*names))
     return 0
 
 

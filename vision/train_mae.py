@@ -1,160 +1,270 @@
-"""Pre-train the masked autoencoder whose features drive the drift (A.3): `python -m vision.train_mae`."""
+"""Pre-train the masked autoencoder whose features drive the drift (A.3): `python -m vision.train_mae`.
+
+With `encoder.classifier_images` the last images also teach a linear classifier on its last map. To resume, run the
+same command again; `torchrun --nproc-per-node=8 -m vision.train_mae ...` uses 8 GPUs.
+"""
 
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from driftfield.normalization import sum_over_processes
 from driftfield.training import (
     EMA,
-    Checkpoint,
-    Progress,
     RunFolder,
-    RunLog,
+    Stopped,
     StopRequest,
-    fault_point,
+    barrier,
     generator,
+    is_main,
     is_same_run,
     load_optimizer,
     optimizer_state,
+    process_group,
+    require_equal,
+    run_loop,
     run_program,
+    share,
+    sum_gradients,
     to_plain,
+    to_yaml,
     warmup_constant,
 )
 from vision.config import CONFIG_DIR, EncoderConfig, TrainConfig
-from vision.data import ImageSet, load, to_float
+from vision.data import Epochs, RealSamples
 from vision.device import choose_device
-from vision.mae import ResNetMAE
+from vision.mae import MAELoss, ResNetMAE
 from vision.pictures import save_grid
+from vision.real import load_real, load_tokenizer
+from vision.tokenizer import Tokenizer
 
 BETAS: Final = (0.9, 0.95)
 WEIGHTS: Final = "model"  # folder of the finished encoder inside its run folder
-CHECKPOINTS: Final = 10  # per training
+CHECKPOINTS_PER_RUN: Final = 10
 
 
-def pretrained_encoder(config: EncoderConfig, real: ImageSet, device: torch.device, stop: StopRequest) -> ResNetMAE:
-    """The encoder of `config`, frozen; trained first if its folder holds no finished one.
+def trained_mae(
+    config: EncoderConfig,
+    real: RealSamples,
+    device: torch.device,
+    stop: StopRequest,
+    *,
+    tokenizer: Tokenizer | None = None,
+    bfloat16: bool = False,
+) -> ResNetMAE:
+    """The masked autoencoder of `config`, frozen; trained first if its folder holds no finished one.
 
     Args:
         config: what to train and where.
-        real: the real training images.
+        real: the real training samples.
         device: where to compute.
         stop: looked at between two steps.
+        tokenizer: for an encoder of latents: makes them, if the samples are images, and shows them.
+        bfloat16: activations in bfloat16.
 
     Raises:
         Stopped: a stop was requested; a checkpoint is written and the same call goes on from there.
         RunFolderError: the folder holds an encoder trained otherwise.
     """
     identity = {"encoder": to_plain(config), "data": real.fingerprint}
-    may_change = ("encoder.run_dir",)
+    may_change = ("encoder.run_dir", "encoder.microbatch")
     weights = config.run_dir / WEIGHTS
     if (weights / "config.json").exists():  # finished: any number of runs may read it
         is_same_run(config.run_dir, identity, may_change)
     else:
-        with RunFolder(config.run_dir, identity, may_change=may_change) as folder:
-            _train(config, real, device, stop, folder.path)
+        with RunFolder(config.run_dir, identity, may_change=may_change) if is_main() else nullcontext():
+            _train(MAETraining(config, real, device, tokenizer=tokenizer, bfloat16=bfloat16), stop, config.run_dir)
     return ResNetMAE.from_pretrained(weights).to(device).requires_grad_(False)
 
 
-class Stopped(Exception):
-    """A stop was requested and everything is saved; the program ends with the request's exit code."""
+class MAETraining:
+    """Everything that changes while the masked autoencoder is trained, and the step that changes it (A.3).
 
+    Args:
+        config: as the program was told.
+        real: real training samples.
+        device: where to compute.
+        tokenizer: for an encoder of latents: makes them, if the samples are images, and shows them.
+        bfloat16: activations in bfloat16.
+    """
 
-def _train(config: EncoderConfig, real: ImageSet, device: torch.device, stop: StopRequest, folder: Path) -> None:
-    images = to_float(real.images).to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = ResNetMAE(
-            in_channels=real.image_shape[0],
-            base_channels=config.base_channels,
-            blocks=config.blocks,
-            patch_size=config.patch_size,
-            mask_patch=config.mask_patch,
-            num_classes=real.num_classes,
-        ).to(device)
-    optimizer = torch.optim.AdamW(
-        model.named_parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
-    )
-    ema = EMA(model, decays=(config.ema_decay,), warmup=True)
-    checkpoint = Checkpoint(folder / "checkpoints")
-    loaded = checkpoint.load()
-    step = 0
-    if loaded is not None:
-        step = loaded.step
-        model.load_state_dict(loaded.tensors["model"])
-        ema.load_state_dict(loaded.tensors["ema"])
-        load_optimizer(optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
-    steps = -(-config.images // config.batch_size)
-    save_every = -(-steps // CHECKPOINTS)
-
-    def save() -> None:
-        tensors, state = optimizer_state(optimizer)
-        checkpoint.save(
-            step,
-            {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": tensors},
-            {"optimizer": state},
+    def __init__(
+        self,
+        config: EncoderConfig,
+        real: RealSamples,
+        device: torch.device,
+        *,
+        tokenizer: Tokenizer | None = None,
+        bfloat16: bool = False,
+    ) -> None:
+        self.config, self.real, self.device, self.tokenizer, self.bfloat16 = config, real, device, tokenizer, bfloat16
+        self.step_number = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = ResNetMAE(
+                in_channels=real.sample_shape[0] if tokenizer is None else tokenizer.channels,
+                base_channels=config.base_channels,
+                blocks=config.blocks,
+                patch_size=config.patch_size,
+                mask_patch=config.mask_patch,
+                num_classes=len(real.class_names),
+            ).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.named_parameters(),
+            lr=config.learning_rate,
+            betas=BETAS,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
+        self.ema = EMA(self.model, decays=(config.ema_decay,), warmup=True)
+        self._epochs = Epochs(len(real), seed=config.seed)
 
-    print(f"training the encoder: {steps} steps of {config.batch_size} images, in {folder}")
-    log = RunLog(folder, resume_step=step)
-    progress = Progress(steps * config.batch_size, initial=step * config.batch_size)
-    with log, progress:
-        while step < steps:
-            fault_point(f"mae.step.{step}")
-            for group in optimizer.param_groups:
-                group["lr"] = warmup_constant(
-                    step * config.batch_size,
-                    peak=config.learning_rate,
-                    warmup_samples=config.warmup_images,
-                    total_samples=steps * config.batch_size,
-                    cooldown_fraction=0.3,
-                )
-            batch, mask = _masked_batch(config, model, images, step)
-            loss = model.loss(batch, mask).loss.mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
-            ema.update()
-            step += 1
-            progress.update(config.batch_size, reconstruction=loss.item())
-            log.log(step, step * config.batch_size, loss=loss.item())
-            if stop.requested or step % save_every == 0 and step < steps:
-                save()
-            if stop.requested:
-                raise Stopped
-    with ema.swapped():
-        _picture_of_reconstruction(model, images[:16], folder / "reconstruction.png")
-        model.save_pretrained(folder / WEIGHTS)
+    @property
+    def samples_per_step(self) -> int:
+        """Images of a step, those of all processes together."""
+        return self.config.batch_size
+
+    @property
+    def samples(self) -> int:
+        """Images of the whole training: `config.images`, rounded up to whole steps."""
+        return -(-self.config.images // self.config.batch_size) * self.config.batch_size
+
+    def step(self) -> dict[str, float | Tensor]:
+        """One step on masked images; the learning rate, masks and images are functions of the step alone."""
+        weight = self._classification_weight()
+        for group in self.optimizer.param_groups:
+            group["lr"] = warmup_constant(
+                self.step_number * self.samples_per_step,
+                peak=self.config.learning_rate,
+                warmup_samples=self.config.warmup_images,
+                total_samples=self.samples,
+                cooldown_fraction=self.config.cooldown_fraction,
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(3, device=self.device)  # loss, reconstruction, correct
+        for slots in self._microbatches():
+            losses = self._loss(slots, weight)
+            (losses.loss.sum() / self.samples_per_step).backward()
+            correct = losses.correct if losses.correct is not None else losses.loss.new_zeros(len(slots))
+            total += torch.stack([losses.loss.sum(), losses.reconstruction.sum(), correct.sum()]).detach()
+        sum_gradients(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.ema.update()
+        self.step_number += 1
+        mean = sum_over_processes(total) / self.samples_per_step
+        values: dict[str, float | Tensor] = {"loss": mean[0], "reconstruction": mean[1], "gradient_norm": norm}
+        return values | ({"accuracy": mean[2]} if weight else {})
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors a resumed run needs, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_state(self.optimizer).tensors,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything else it needs."""
+        return {"optimizer": optimizer_state(self.optimizer).state}
+
+    def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Take over a checkpoint's `tensors` and `state`."""
+        self.step_number = step
+        self.model.load_state_dict(tensors["model"])
+        self.ema.load_state_dict(tensors["ema"])
+        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+
+    def read(self, visits: Tensor) -> Tensor:
+        """What the encoder sees of visits `[k]`, `[k, C, H, W]` on the device."""
+        images = self.real.read(visits, seed=self.config.seed).to(self.device, non_blocking=True)
+        if self.tokenizer is None or images.shape[1] == self.tokenizer.channels:
+            return images
+        with torch.no_grad():
+            mean, std = self.tokenizer.encode(images)
+        shape = mean.shape[1:]
+        noise = [torch.randn(shape, generator=generator(self.config.seed, "posterior", int(v))) for v in visits]
+        return self.tokenizer.to_latents(mean, std, torch.stack(noise).to(self.device))
+
+    def _microbatches(self) -> Iterator[range]:
+        """This process's slots of the batch, in pieces that fit."""
+        slots = range(self.samples_per_step)[share(self.samples_per_step)]
+        size = self.config.microbatch or len(slots)
+        for start in range(0, len(slots), size):
+            yield slots[start : start + size]
+
+    def _loss(self, slots: range, classification_weight: float) -> MAELoss:
+        visits = self._epochs(self.step_number * self.samples_per_step + slots.start, len(slots))
+        batch = self.read(visits)
+        draws = [generator(self.config.seed, "mask", self.step_number, slot) for slot in slots]
+        one = batch.new_empty(1, *batch.shape[1:], device="cpu")  # only its shape is used
+        mask = torch.cat([self.model.draw_mask(one, ratio=self.config.mask_ratio, generator=draw) for draw in draws])
+        labels = self.real.labels[visits % len(self.real)].to(self.device) if classification_weight else None
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            return self.model.loss(batch, mask.to(self.device), labels, classification_weight=classification_weight)
+
+    def _classification_weight(self) -> float:
+        """A.3: 0, and over the last images a share of cross entropy that rises from 0."""
+        config = self.config
+        into = self.step_number * self.samples_per_step - (self.samples - config.classifier_images)
+        if not config.classifier_images or into < 0:
+            return 0.0
+        risen = min(1.0, (into + self.samples_per_step) / max(config.classifier_warmup_images, 1))
+        return config.classifier_weight * risen
 
 
-def _masked_batch(config: EncoderConfig, model: ResNetMAE, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Images of a step and what is hidden of them, as a function of (seed, step)."""
-    draw = generator(config.seed, "mae", step)
-    batch = images[torch.randint(len(images), (config.batch_size,), generator=draw).to(images.device)]
-    return batch, model.draw_mask(batch, ratio=config.mask_ratio, generator=draw)
+def _train(training: MAETraining, stop: StopRequest, folder: Path) -> None:
+    config = training.config
+    if is_main():
+        steps = training.samples // training.samples_per_step
+        print(f"training the encoder: {steps} steps of {config.batch_size} images, in {folder}")
+    run_loop(
+        training,
+        folder,
+        stop,
+        name="mae",
+        samples=training.samples,
+        checkpoint_every=-(-training.samples // CHECKPOINTS_PER_RUN),
+        log_every=config.log_every_images,
+        shown=("reconstruction",),
+    )
+    if is_main():
+        with training.ema.swapped():
+            _picture_of_reconstruction(training, folder / "reconstruction.png")
+            training.model.save_pretrained(folder / WEIGHTS)
+    barrier()
 
 
 @torch.no_grad()
-def _picture_of_reconstruction(model: ResNetMAE, images: Tensor, path: Path) -> None:
+def _picture_of_reconstruction(training: MAETraining, path: Path) -> None:
     """Rows: the images, what the encoder sees of them, what the decoder makes of that."""
-    mask = model.draw_mask(images, generator=generator(0, "picture"))
-    rows = torch.cat([images, model.hide(images, mask), model.to_images(model(images, mask))])
-    save_grid(rows, path, columns=len(images))
+    model, samples = training.model, training.read(torch.arange(min(16, len(training.real))))
+    mask = model.draw_mask(samples, generator=generator(0, "picture"))
+    rows = torch.cat([samples, model.hide(samples, mask), model.to_images(model(samples, mask))])
+    if training.tokenizer is not None:
+        rows = training.tokenizer.decode(rows)
+    save_grid(rows, path, columns=len(samples))
 
 
 def main(config: TrainConfig) -> int:
     """Train the encoder of a configuration alone."""
     start = time.monotonic()
-    real = load(config.data.name, "train", data_dir=config.data.folder, download=config.data.download)
-    with StopRequest() as stop:
+    device = choose_device(config.device)
+    with process_group(device), StopRequest() as stop:
+        tokenizer = load_tokenizer(config.tokenizer, device, bfloat16=config.bfloat16)
+        real = load_real(config.data, tokenizer)
+        require_equal(config=to_yaml(config), data=real.fingerprint)
         try:
-            pretrained_encoder(config.encoder, real, choose_device(config.device), stop)
+            trained_mae(config.encoder, real, device, stop, tokenizer=tokenizer, bfloat16=config.bfloat16)
         except Stopped:
             return stop.exit_code
-    print(f"encoder in {config.encoder.run_dir / WEIGHTS}, {time.monotonic() - start:.0f} s")
+        if is_main():
+            print(f"encoder in {config.encoder.run_dir / WEIGHTS}, {time.monotonic() - start:.0f} s")
     return 0
 
 

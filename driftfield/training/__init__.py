@@ -2,10 +2,22 @@
 
 from driftfield.training.checkpoint import Checkpoint, CheckpointError, Loaded, checkpoint_steps, read_checkpoint
 from driftfield.training.config import load_config, read_config, to_yaml
+from driftfield.training.distributed import (
+    any_process,
+    barrier,
+    is_main,
+    process_group,
+    rank,
+    require_equal,
+    share,
+    sum_gradients,
+    world_size,
+)
 from driftfield.training.ema import EMA
 from driftfield.training.errors import UserError
 from driftfield.training.faults import fault_point
 from driftfield.training.interrupt import StopRequest
+from driftfield.training.loop import CHECKPOINTS, Action, Stopped, Trainable, run_loop
 from driftfield.training.optimizer_state import OptimizerState, load_optimizer, optimizer_state
 from driftfield.training.program import run_program
 from driftfield.training.progress import Progress
@@ -16,7 +28,9 @@ from driftfield.training.schema import ConfigError, from_plain, option, to_plain
 from driftfield.training.seeding import derive_seed, generator, seed_everything
 
 __all__ = [
+    "CHECKPOINTS",
     "EMA",
+    "Action",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
@@ -27,23 +41,35 @@ __all__ = [
     "RunFolderError",
     "RunLog",
     "StopRequest",
+    "Stopped",
+    "Trainable",
     "UserError",
+    "any_process",
+    "barrier",
     "checkpoint_steps",
     "derive_seed",
     "fault_point",
     "from_plain",
     "generator",
+    "is_main",
     "is_same_run",
     "load_config",
     "load_optimizer",
     "optimizer_state",
     "option",
+    "process_group",
+    "rank",
     "read_checkpoint",
     "read_config",
     "read_log",
+    "require_equal",
+    "run_loop",
     "run_program",
     "seed_everything",
+    "share",
+    "sum_gradients",
     "to_plain",
     "to_yaml",
     "warmup_constant",
+    "world_size",
 ]

@@ -1,11 +1,12 @@
 """The sum over features (Eq. 13-14, A.5): locations as groups, scalars per feature, one error per feature."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from driftfield import DriftingBatch, DriftingLoss, sum_over_features
+from driftfield import DriftingLoss, FeatureBatch, feature_statistics, sum_over_features
 
 SHAPES = {"global": (), "map": (5,), "grid": (2, 3)}
 
@@ -37,23 +38,29 @@ def test_gradients_reach_every_feature() -> None:
     assert all(feature.grad is not None and feature.grad.abs().max() > 0 for feature in x.values())
 
 
+class Halves:
+    """A batch in two pieces, made anew at every iteration."""
+
+    def __init__(self, x: dict[str, torch.Tensor], positives: dict[str, torch.Tensor]) -> None:
+        self.x, self.positives = x, positives
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        for part in (slice(0, 1), slice(1, 3)):
+            yield FeatureBatch(*({name: sample[name][part] for name in sample} for sample in (self.x, self.positives)))
+
+
 def test_exact_accumulation_with_features() -> None:
     loss_fn, x, positives = DriftingLoss(), features(6), features(7)
     whole = sum_over_features(loss_fn, x, positives)
-    halves = [slice(0, 1), slice(1, 3)]
-    statistics = {
-        name: loss_fn.statistics([DriftingBatch(x[name][part], positives[name][part]) for part in halves]) for name in x
-    }
-    parts = [
-        sum_over_features(
-            loss_fn,
-            {name: x[name][part] for name in x},
-            {name: positives[name][part] for name in x},
-            statistics=statistics,
-        ).loss
-        for part in halves
-    ]
+    statistics = feature_statistics(loss_fn, Halves(x, positives))
+    parts = [sum_over_features(loss_fn, *part, statistics=statistics).loss for part in Halves(x, positives)]
     torch.testing.assert_close(torch.cat(parts), whole.loss, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(torch.stack([each.drift_norm for each in statistics.values()]), whole.drift_norm)
+
+
+def test_statistics_need_pieces_that_can_be_gone_through_twice() -> None:
+    with pytest.raises(ValueError, match="to be gone through twice"):
+        feature_statistics(DriftingLoss(), iter(Halves(features(6), features(7))))
 
 
 def bad_calls() -> list[tuple[Any, Any, Any, Any, str]]:

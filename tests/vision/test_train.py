@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from driftfield.training import load_config, read_checkpoint, read_log, run_program
+from driftfield.training import UserError, load_config, read_checkpoint, read_log, run_program
 from vision import evaluate, train
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import load
@@ -140,7 +141,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 ) -> None:
     step = Training.step
 
-    def step_with_signal(training: Training) -> train.StepResult:
+    def step_with_signal(training: Training) -> dict[str, float | Tensor]:
         if training.step_number == 17:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(training)
@@ -168,27 +169,52 @@ def test_gradient_that_is_not_finite_changes_nothing(training: Training) -> None
         group: {name: tensor.clone() for name, tensor in named.items()} for group, named in training.tensors().items()
     }
     parameter = next(iter(training.generator.parameters()))
-    _, applied = training._update((parameter * float("nan")).sum())
-    assert not applied and training.rejected_steps == 1
+    for rejected in range(1, train.MAX_REJECTED_STEPS):
+        training.optimizer.zero_grad()
+        (parameter * float("nan")).sum().backward()
+        training._update()
+        assert training.rejected_steps == rejected
     assert_equal_bits(training.tensors(), before)
+    (parameter * float("nan")).sum().backward()
+    with pytest.raises(UserError, match="10 steps in a row had a gradient that is not finite, the last at step 11"):
+        training._update()
+
+
+def pieces_of(training: Training, at_once: int | None) -> list[train.Piece]:
+    labels, alpha = torch.tensor([4, 1, 7]), torch.tensor([1.0, 2.0, 3.0])
+    training.config.labels_at_once = at_once
+    return training._pieces(labels, alpha, *training._draw_real(labels))
 
 
 def test_noise_of_a_slot_does_not_depend_on_the_other_slots(training: Training) -> None:
     torch.nn.init.normal_(training.generator.final.out.weight)
-    labels, alpha = torch.tensor([4, 1, 7]), torch.tensor([1.0, 2.0, 3.0])
-    all_slots = training._draw_generated(labels, alpha)
-    first_two = training._draw_generated(labels[:2], alpha[:2])
+    (whole,) = pieces_of(training, None)
+    all_slots = training._draw_generated(whole)
+    parts = [training._draw_generated(piece) for piece in pieces_of(training, 2)]
     count = training.config.generated_per_label
-    torch.testing.assert_close(all_slots[: 2 * count], first_two, rtol=1e-5, atol=1e-5)
+    assert [len(part) for part in parts] == [2 * count, count]
+    torch.testing.assert_close(all_slots, torch.cat(parts), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(all_slots[:count], all_slots[count : 2 * count])
 
 
-def test_every_epoch_takes_each_real_image_once(training: Training) -> None:
-    n = len(training.real)
-    ids = torch.cat([training._real_ids(start, min(100, 2 * n - start)) for start in range(0, 2 * n, 100)])
-    for epoch in ids.split(n):
-        assert torch.equal(epoch.sort().values, torch.arange(n))
-    assert not torch.equal(ids[:n], ids[n:])
+def gradient(training: Training, at_once: int | None, statistics: Literal["batch", "piece"]) -> Tensor:
+    """Gradient of the first step; the training stays as it was."""
+    training.config.labels_at_once, training.config.statistics = at_once, statistics
+    training.config.clip_norm = 1e9
+    state = training.state()
+    tensors = {group: {name: t.clone() for name, t in named.items()} for group, named in training.tensors().items()}
+    training.step()
+    training.restore(0, tensors, state)
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in training.generator.parameters() if parameter.grad is not None]
+    )
+
+
+def test_pieces_with_the_statistics_of_the_batch_give_its_gradient(training: Training) -> None:
+    whole = gradient(training, None, "batch")
+    exact, by_piece = gradient(training, 1, "batch"), gradient(training, 1, "piece")
+    assert (exact - whole).norm() < 1e-4 * whole.norm()
+    assert (by_piece - whole).norm() > 1e-2 * whole.norm()  # statistics of its own make a piece another loss
 
 
 @pytest.mark.parametrize(
@@ -239,7 +265,12 @@ def test_folder_of_another_run_is_refused_naming_the_difference(
 def test_every_experiment_composes_and_builds(experiment: str) -> None:
     chosen = [f"experiment={experiment}"] if experiment else []
     config = load_config(TrainConfig, config_dir=CONFIG_DIR, config_name="train", overrides=chosen)
-    image_shape = {"digits": (1, 8), "fashion_mnist": (1, 32)}[config.data.name]
+    channels, size, num_classes = {
+        "digits": (1, 8, 10),
+        "fashion_mnist": (1, 32, 10),
+        "latents": (4, 32, 1000),
+        "imagenet": (3, 256, 1000),
+    }[config.data.name]
     with torch.device("meta"):
-        generator = train.build_generator(config, channels=image_shape[0], image_size=image_shape[1], num_classes=10)
+        generator = train.build_generator(config, channels=channels, image_size=size, num_classes=num_classes)
     assert sum(parameter.numel() for parameter in generator.parameters()) > 0

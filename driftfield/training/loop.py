@@ -1,0 +1,147 @@
+"""The loop of every training: steps, log, checkpoints; stopped at any moment, the same command goes on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from driftfield.training.checkpoint import Checkpoint, read_checkpoint
+from driftfield.training.distributed import any_process, barrier, is_main, require_equal
+from driftfield.training.faults import fault_point
+from driftfield.training.interrupt import StopRequest
+from driftfield.training.progress import Progress
+from driftfield.training.runlog import RunLog
+
+CHECKPOINTS = "checkpoints"  # folder of the checkpoints inside a run folder
+
+
+class Stopped(Exception):
+    """A stop was requested and everything is saved; the program ends with the request's exit code."""
+
+
+class Trainable(Protocol):
+    """What is trained: its state, and the step that changes it."""
+
+    step_number: int  # steps done
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one step, those of all processes together."""
+        ...
+
+    def step(self) -> Mapping[str, float | Tensor]:
+        """One step; values for the progress line and the log."""
+        ...
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors a resumed run needs, by group."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything else it needs, as JSON."""
+        ...
+
+    def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Take over what `tensors` and `state` returned after `step` steps."""
+        ...
+
+
+class Action(NamedTuple):
+    """Something to do before the first step, whenever training crosses a multiple of `every` samples, and at the end.
+
+    The main process does it alone.
+    """
+
+    every: int
+    do: Callable[[], None]
+
+
+def run_loop(
+    training: Trainable,
+    folder: Path,
+    stop: StopRequest,
+    *,
+    name: str,
+    samples: int,
+    checkpoint_every: int,
+    log_every: int,
+    shown: Sequence[str],
+    actions: Sequence[Action] = (),
+    writers: Sequence[str] = (),
+    unit: str = "images",
+) -> None:
+    """Train until `samples` samples are done, from the newest checkpoint in the folder if there is one.
+
+    Args:
+        training: what to train; all processes hold the same.
+        folder: the run's folder: gets `checkpoints` and `metrics.jsonl`, from the main process.
+        stop: looked at after every step; set in any process, it stops all.
+        name: of the places where a test can make it fail, `NAME.step.N`.
+        samples, checkpoint_every, log_every: in samples, whatever the batch.
+        shown: names of the values beside the progress.
+        actions: what else to do now and then.
+        writers: further logs, as for `RunLog`.
+        unit: what a sample is, in the plural.
+
+    Raises:
+        Stopped: a stop was requested; the checkpoint is written.
+        UserError: from the step, the log or the disk, or the processes do not agree.
+    """
+    checkpoint = Checkpoint(folder / CHECKPOINTS) if is_main() else None
+    barrier()
+    loaded = read_checkpoint(folder / CHECKPOINTS)
+    require_equal(**{"step to resume from": str(loaded and loaded.step)})
+    if loaded is not None:
+        training.restore(*loaded)
+    done = training.step_number * training.samples_per_step
+    if checkpoint is None:
+        _steps(training, stop, name, samples)
+        return
+    if loaded is not None:
+        print(f"resuming at {done} {unit}")
+    log = RunLog(folder, resume_step=training.step_number, writers=writers)
+    with log, Progress(samples, initial=done, unit=unit) as progress:
+
+        def after_step(values: Mapping[str, float | Tensor], stopping: bool) -> None:
+            progress.update(training.samples_per_step, **{name: float(values[name]) for name in shown})
+            if _is_due(training, log_every, samples):
+                log.log(training.step_number, _done(training), **{key: float(value) for key, value in values.items()})
+            for action in actions:
+                if _is_due(training, action.every, samples):
+                    action.do()
+            if stopping or _is_due(training, checkpoint_every, samples):
+                checkpoint.save(training.step_number, training.tensors(), training.state())
+
+        if training.step_number == 0:
+            for action in actions:
+                action.do()
+        _steps(training, stop, name, samples, after_step)
+
+
+def _steps(
+    training: Trainable,
+    stop: StopRequest,
+    name: str,
+    samples: int,
+    after_step: Callable[[Mapping[str, float | Tensor], bool], None] = lambda values, stopping: None,
+) -> None:
+    while _done(training) < samples:
+        fault_point(f"{name}.step.{training.step_number}")
+        values = training.step()
+        stopping = any_process(stop.requested)
+        after_step(values, stopping)
+        if stopping:
+            barrier()  # no process ends while the checkpoint is being written
+            raise Stopped
+    barrier()
+
+
+def _done(training: Trainable) -> int:
+    return training.step_number * training.samples_per_step
+
+
+def _is_due(training: Trainable, every: int, samples: int) -> bool:
+    """Whether the last step crossed a multiple of `every`, or was the last one of all."""
+    done = _done(training)
+    return done // every > (done - training.samples_per_step) // every or done >= samples
