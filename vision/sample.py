@@ -321,7 +321,7 @@ def main(config: SampleConfig) -> int:
     device = choose_device(config.device)
     try:
         model = ImageGenerator.from_pretrained(config.model).to(device)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise UserError(f"model: {error}") from error
     decoder = _decoder(config, device)
     try:
@@ -343,7 +343,7 @@ def _decoder(config: SampleConfig, device: torch.device) -> Tokenizer | TinyDeco
             return TinyDecoder.from_pretrained(config.tiny_decoder, bfloat16=config.bfloat16).to(device)
         if config.tokenizer is not None:
             return Tokenizer.from_pretrained(config.tokenizer, bfloat16=config.bfloat16).to(device)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise UserError(f"{'tokenizer' if config.tiny_decoder is None else 'tiny_decoder'}: {error}") from error
     return None
 
