@@ -26,6 +26,7 @@ from vision.encoders import FrozenEncoder, fingerprint, load_encoder
 from vision.features import Encoder, image_features, require_families
 from vision.mae import ResNetMAE
 from vision.real import load_real, load_tokenizer
+from vision.tokenizer import Tokenizer
 
 SEES_CLASSES: Final = "sees classes"  # the verdict on a feature that a drift can follow
 RAW: Final = "global"  # the feature of `image_features` that is the sample itself
@@ -251,13 +252,14 @@ def main(config: CheckConfig) -> int:
     """Check, print and write."""
     try:
         require_families(config.families)
-        encoder = _load(config)
+        tokenizer = load_tokenizer(config.tokenizer, torch.device("cpu"))
+        encoder = _load(config.encoders, tokenizer)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     device = choose_device(config.device)
     if encoder is not None:
         encoder = encoder.to(device)
-    real = load_real(config.data)
+    real = load_real(config.data, tokenizer)
     try:
         draws = generator(config.seed, "samples")
         ids = choose_samples(real.labels, num=config.num, max_classes=config.max_classes, draws=draws)
@@ -280,11 +282,9 @@ def main(config: CheckConfig) -> int:
     return 0
 
 
-def _load(config: CheckConfig) -> FrozenEncoder | ResNetMAE | None:
-    specs = [spec for spec in config.encoders if spec != NO_ENCODER]
-    if not specs:
-        return None
-    return load_encoder(specs, tokenizer=load_tokenizer(config.tokenizer, torch.device("cpu")))
+def _load(specs: Sequence[str], tokenizer: Tokenizer | None) -> FrozenEncoder | ResNetMAE | None:
+    specs = [spec for spec in specs if spec != NO_ENCODER]
+    return load_encoder(specs, tokenizer=tokenizer) if specs else None
 
 
 def _write(

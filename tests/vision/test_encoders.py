@@ -137,6 +137,14 @@ def test_imagenets_mean_becomes_0_and_one_deviation_1() -> None:
     torch.testing.assert_close(normalized[1], torch.ones(3, 8, 8), rtol=0, atol=1e-5)
 
 
+def test_autocast_does_not_round_the_input() -> None:
+    images = make_images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = imagenet_input(images, 24)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, imagenet_input(images, 24))
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8)])
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"[B, 3, H, W] or [B, 1, H, W], found {list(shape)}")):
