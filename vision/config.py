@@ -68,6 +68,7 @@ class GeneratorConfig:
     num_styles: int = option("random style slots", min=0)
     num_style_entries: int = option("entries of each style slot", min=1)
     output_gain: float = option("gain of the last layer's initial weights; 0: the paper's zero", min=0)
+    attention_in_float32: bool = option("attention itself in float32 although activations are bfloat16")
 
 
 @dataclass(kw_only=True)
@@ -125,6 +126,7 @@ class TrainConfig:
     device: Device = option("where to compute")
     bfloat16: bool = option("activations in bfloat16; parameters and loss stay float32")
     compile: bool = option("torch.compile the generator and the encoder")
+    checkpoint_activations: bool = option("compute the generator's blocks again on the way back; saves memory")
     tokenizer: str | None = option("autoencoder of the latents, folder or hub id; null: generate pixels")
     data: DataConfig
     encoder: EncoderConfig
@@ -151,6 +153,7 @@ class TrainConfig:
     checkpoint_every_images: int = option("generated images between two checkpoints", min=1)
     log_every_images: int = option("generated images between two lines of the log", min=1)
     picture_every_images: int = option("generated images between two pictures", min=1)
+    snapshot_every_images: int | None = option("generated images between two models kept for evaluation", min=1)
     writers: tuple[Literal["tensorboard", "wandb"], ...] = option("log writers beside metrics.jsonl")
     real_features_mib: int = option("memory for the features of all real images, in MiB; else computed anew", min=0)
     evaluate_images: int = option("one-step samples that the final evaluation judges", min=100)

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vision.conditioning import EMBEDDING_STD, Conditioning
 from vision.patches import patchify, unpatchify
@@ -83,6 +84,7 @@ class ImageGenerator(Pretrained):
         self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
         self.num_classes, self.num_styles, self.num_style_entries = num_classes, num_styles, num_style_entries
         self.num_context_tokens = num_context_tokens
+        self.checkpoint_activations = False  # compute each block again on the way back, for less memory
         grid_size = image_size // patch_size
         patch_channels = patch_size * patch_size * channels
 
@@ -132,8 +134,10 @@ class ImageGenerator(Pretrained):
         patches = patches + self.position.to(patches.dtype)
         context = self.context_projection(condition)[:, None] + self.context.to(patches.dtype)  # [B, T, hidden]
         tokens = torch.cat((context, patches), dim=1)  # [B, T + N, hidden]
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, condition, self.rotary)
+            arguments = (tokens, condition, self.rotary)
+            tokens = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         patches = self.final(tokens[:, self.num_context_tokens :], condition)  # [B, N, p * p * C]
         return unpatchify(patches, self.patch_size)  # [B, C, H, W]
 

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from driftfield import (
     DriftingLoss,
@@ -69,6 +70,7 @@ PICTURE_ROWS: Final = 10  # images of each class in the pictures of training
 MAX_PICTURE_CLASSES: Final = 10
 RESULTS: Final = "results.json"
 PICTURES: Final = "pictures"  # folder of the grids through training
+SNAPSHOTS: Final = "snapshots"  # folder of the models through training
 
 
 class Piece(NamedTuple):
@@ -100,6 +102,7 @@ class Training:
         self.generator = build_generator(config, channels=channels, image_size=image_size, num_classes=num_classes).to(
             device
         )
+        self.generator.checkpoint_activations = config.checkpoint_activations
         self.optimizer = torch.optim.AdamW(
             self.generator.named_parameters(),
             lr=config.learning_rate,
@@ -113,6 +116,7 @@ class Training:
         self.unconditional_queue = SampleQueue(1, config.queue.unconditional)
         self._epochs = Epochs(len(real), seed=config.seed)
         self._fill_queues()
+        self._step_end, self._flops_per_step = time.monotonic(), self._count_flops()
         self._generate = torch.compile(self.generator) if config.compile else self.generator
         self._encode = torch.compile(self._encode_eagerly) if config.compile else self._encode_eagerly
         self.real_features = RealFeatures(
@@ -284,11 +288,32 @@ class Training:
             )
         return norm
 
+    @torch.no_grad()
+    def _count_flops(self) -> int:
+        """Floating-point operations of a step of all processes, but for the loss.
+
+        A backward pass costs twice the forward pass in the generator, and as much again in the frozen encoder.
+        """
+        config, zero = self.config, torch.zeros(1, dtype=torch.int64, device=self.device)
+        noise = torch.zeros(1, *self.real.sample_shape, device=self.device)
+        counts = []
+        style = zero.expand(1, self.generator.num_styles)
+        for part in (lambda: self.generator(noise, zero, zero + 1.0, style), lambda: self._encode_eagerly(noise)):
+            with FlopCounterMode(display=False) as counter:
+                part()
+            counts.append(counter.get_total_flops())
+        generate, encode = counts
+        real = config.positives_per_label + config.unconditional_per_label
+        label = config.generated_per_label * (3 * generate + 2 * encode) + real * encode
+        return config.labels_per_step * label
+
     def _values(self, outputs: list[DriftingOutput], names: list[str], gradient_norm: float) -> dict[str, Any]:
         """λ over all features, by temperature and by family of features: geometric means, since they differ widely."""
         norms = torch.stack([output.drift_norm for output in outputs])  # [pieces, features, temperatures]
         log = norms.clamp(min=torch.finfo(norms.dtype).tiny).log().mean(0)  # [features, temperatures]
         config, families = self.config, [family_of(name) for name in names]
+        start, self._step_end = self._step_end, time.monotonic()
+        seconds = self._step_end - start
         return {
             "loss": sum_over_processes(torch.cat([output.loss for output in outputs]).sum()) / config.labels_per_step,
             "lambda": log.mean().exp(),
@@ -301,6 +326,8 @@ class Training:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "rejected_steps": self.rejected_steps,
             "degenerate_features": torch.stack([output.degenerate for output in outputs]).sum(),
+            "images_per_s": self.samples_per_step / seconds,
+            "teraflops": self._flops_per_step / seconds / 1e12,  # of all processes, but for the loss
         }
 
 
@@ -335,6 +362,13 @@ def run(
     start, folder = time.monotonic(), config.run_dir
     training = Training(config, real, build_encoder(config, real, tokenizer, device, stop), device)
     pictures = Pictures(training, tokenizer, folder)
+
+    def snapshot() -> None:
+        with training.ema.swapped():
+            training.generator.save_pretrained(folder / SNAPSHOTS / f"{training.images_seen:012d}")
+
+    if is_main():
+        print(_about_queue(config, len(real.class_names)))
     train_start = time.monotonic()
     try:
         run_loop(
@@ -346,7 +380,10 @@ def run(
             checkpoint_every=config.checkpoint_every_images,
             log_every=config.log_every_images,
             shown=("lambda",),
-            actions=[Action(config.picture_every_images, pictures.save)],
+            actions=[
+                Action(config.picture_every_images, pictures.save),
+                *([Action(config.snapshot_every_images, snapshot)] if config.snapshot_every_images else []),
+            ],
             writers=config.writers,
         )
     except ValueError as error:  # a tensor that is not finite, named
@@ -370,6 +407,15 @@ def run(
         }
         write_json(folder / RESULTS, results)
     barrier()
+
+
+def _about_queue(config: TrainConfig, num_classes: int) -> str:
+    queue = config.queue
+    steps = queue.per_class * num_classes / queue.push_per_step
+    return (
+        f"queue: {queue.per_class} real samples of each of {num_classes} classes, {queue.push_per_step} new ones a "
+        f"step by all processes together: a sample stays about {steps:.0f} steps"
+    )
 
 
 def build_encoder(

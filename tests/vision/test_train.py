@@ -197,6 +197,12 @@ def test_noise_of_a_slot_does_not_depend_on_the_other_slots(training: Training) 
     assert not torch.allclose(all_slots[:count], all_slots[count : 2 * count])
 
 
+def test_blocks_computed_again_on_the_way_back_change_nothing(training: Training) -> None:
+    whole = gradient(training, None, "batch")
+    training.generator.checkpoint_activations = True
+    torch.testing.assert_close(gradient(training, None, "batch"), whole, rtol=1e-5, atol=1e-6)
+
+
 def gradient(training: Training, at_once: int | None, statistics: Literal["batch", "piece"]) -> Tensor:
     """Gradient of the first step; the training stays as it was."""
     training.config.labels_at_once, training.config.statistics = at_once, statistics
