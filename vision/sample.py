@@ -2,7 +2,7 @@
 
 Writes a grid (out=NAME.png), a folder of numbered PNGs (out=FOLDER) or an array (out=NAME.npz: `arr_0` uint8
 [N, H, W, C], `labels`). A sample depends on seed, index, class and guidance scale alone, not on its batch. A generator
-of latents needs tokenizer=stabilityai/sd-vae-ft-mse, or tiny_decoder=madebyollin/taesd, which is faster.
+of latents needs tokenizer=stabilityai/sd-vae-ft-mse, or the smaller tiny_decoder=madebyollin/taesd.
 """
 
 import math
@@ -32,6 +32,7 @@ Rounding = Literal["nearest", "down"]
 BATCH_SIZE: Final = 250
 DRAWING_THREADS: Final = 8  # drawing 3 x 256 x 256 normal numbers takes one thread a millisecond
 IMAGE_CHANNELS: Final = (1, 3)  # a generator of any other number makes latents
+VAE_FOLDER: Final = "vae"  # of a model's folder: its tokenizer, where none is named
 MOST_COLUMNS: Final = 20  # of a grid with a column per class
 
 
@@ -53,7 +54,7 @@ class SampleConfig:
     """Keys of `python -m vision.sample`."""
 
     model: str = option("folder with config.json and model.safetensors, hub id, or hf://NAME of the release")
-    tokenizer: str | None = option("autoencoder that decodes latents: folder or hub id; null for pixels")
+    tokenizer: str | None = option("autoencoder that decodes latents: folder or hub id; null: MODEL/vae, if there")
     tiny_decoder: str | None = option("AutoencoderTiny that decodes in the tokenizer's place: folder or hub id")
     out: Path = option("where to write: a .png (grid), a .npz, or a folder of PNGs")
     labels: tuple[int, ...] = option("classes, repeated in this order", min=0)
@@ -65,7 +66,7 @@ class SampleConfig:
     batch_size: int = option("samples computed at once", min=1)
     device: Device = option("where to compute")
     bfloat16: bool = option("activations in bfloat16")
-    compile: bool = option("compile generator and decoder, which takes minutes and pays from some 10,000 samples on")
+    compile: bool = option("compile generator and decoder at the first batch")
 
 
 def draw_inputs(model: ImageGenerator, draws: Sequence[torch.Generator], count: int) -> tuple[Tensor, Tensor]:
@@ -337,12 +338,14 @@ def main(config: SampleConfig) -> int:
 
 
 def _decoder(config: SampleConfig, device: torch.device) -> Tokenizer | TinyDecoder | None:
-    """What decodes latents, the tiny decoder before the tokenizer."""
+    """What decodes latents: the tiny decoder before the tokenizer, and that before what lies beside the model."""
+    beside = Path(config.model) / VAE_FOLDER
+    tokenizer = config.tokenizer or (beside if beside.is_dir() else None)
     try:
         if config.tiny_decoder is not None:
             return TinyDecoder.from_pretrained(config.tiny_decoder, bfloat16=config.bfloat16).to(device)
-        if config.tokenizer is not None:
-            return Tokenizer.from_pretrained(config.tokenizer, bfloat16=config.bfloat16).to(device)
+        if tokenizer is not None:
+            return Tokenizer.from_pretrained(tokenizer, bfloat16=config.bfloat16).to(device)
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise UserError(f"{'tokenizer' if config.tiny_decoder is None else 'tiny_decoder'}: {error}") from error
     return None

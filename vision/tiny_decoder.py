@@ -1,4 +1,4 @@
-"""A small decoder in the place of the VAE's: many times faster, a little less sharp."""
+"""A small decoder in the place of the VAE's: a fortieth of its parameters, and less fine detail."""
 
 import os
 from typing import TYPE_CHECKING, Any, Self, cast

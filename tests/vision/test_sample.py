@@ -1,6 +1,7 @@
 """`python -m vision.sample`: what it writes, and that a sample depends on seed, index, class and scale alone."""
 
 import re
+import shutil
 import threading
 from itertools import islice
 from pathlib import Path
@@ -34,10 +35,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def latent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator of latents with its autoencoder in `vae` and a tiny one in `tiny`."""
+    """A generator of latents with its autoencoder in `large` and a tiny one in `tiny`."""
     folder = tmp_path_factory.mktemp("latent")
     generator(channels=4).save_pretrained(folder)
-    autoencoder().save_pretrained(folder / "vae")
+    autoencoder().save_pretrained(folder / "large")
     tiny_autoencoder().save_pretrained(folder / "tiny")
     return folder
 
@@ -54,7 +55,7 @@ def latent_model(latent_folder: Path) -> ImageGenerator:
 
 @pytest.fixture(scope="module")
 def tokenizer(latent_folder: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(latent_folder / "vae")
+    return Tokenizer.from_pretrained(latent_folder / "large")
 
 
 class Constant(nn.Module):
@@ -133,11 +134,11 @@ def test_noise_is_standard_normal_and_styles_are_uniform(model: ImageGenerator) 
 def test_latents_are_divided_by_the_scale_and_decoded(latent_model: ImageGenerator, latent_folder: Path) -> None:
     labels = torch.arange(6) % 5
     latents = sample(latent_model, labels)
-    vae = AutoencoderKL.from_pretrained(latent_folder / "vae")
+    vae = AutoencoderKL.from_pretrained(latent_folder / "large")
     with torch.no_grad():
         expected = to_uint8(vae.decode(latents / SCALE).sample)
     assert expected.shape == (6, 3, 16, 16)
-    [images] = images_in_batches(latent_model, labels, tokenizer=Tokenizer.from_pretrained(latent_folder / "vae"))
+    [images] = images_in_batches(latent_model, labels, tokenizer=Tokenizer.from_pretrained(latent_folder / "large"))
     assert_same_bytes(images, expected)
 
 
@@ -214,7 +215,7 @@ def test_npz_holds_bytes_in_the_evaluators_form(model: ImageGenerator, model_fol
 def test_latent_samples_are_decoded(
     decoder: str, latent_model: ImageGenerator, latent_folder: Path, tmp_path: Path
 ) -> None:
-    folder = latent_folder / {"tokenizer": "vae", "tiny_decoder": "tiny"}[decoder]
+    folder = latent_folder / {"tokenizer": "large", "tiny_decoder": "tiny"}[decoder]
     assert run(latent_folder, f"out={tmp_path / 'a.npz'}", "num=6", f"{decoder}={folder}") == 0
     decode = {"tokenizer": Tokenizer, "tiny_decoder": TinyDecoder}[decoder].from_pretrained(folder)
     expected = to_uint8(sample(latent_model, torch.arange(6) % 5, guidance_scale=2.0, tokenizer=decode))
@@ -228,6 +229,15 @@ def test_the_tiny_decoder_comes_before_the_tokenizer(latent_folder: Path, tmp_pa
     assert run(latent_folder, f"out={tmp_path / 'both.npz'}", "num=2", tiny, "tokenizer=/nonexistent") == 0
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "both.npz") as both:
         assert np.array_equal(one["arr_0"], both["arr_0"])
+
+
+def test_the_tokenizer_beside_the_model_is_found(latent_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(latent_folder, tmp_path / "model")
+    (tmp_path / "model" / "large").rename(tmp_path / "model" / "vae")
+    assert run(tmp_path / "model", f"out={tmp_path / 'found.npz'}", "num=2") == 0
+    assert run(latent_folder, f"out={tmp_path / 'named.npz'}", "num=2", f"tokenizer={latent_folder / 'large'}") == 0
+    with np.load(tmp_path / "found.npz") as found, np.load(tmp_path / "named.npz") as named:
+        assert np.array_equal(found["arr_0"], named["arr_0"])
 
 
 def test_grid_and_folder_are_pictures(model_folder: Path, tmp_path: Path) -> None:
@@ -276,7 +286,7 @@ def test_the_last_line_says_how_fast(model_folder: Path, tmp_path: Path, capsys:
         (["model=/nonexistent"], ["model", "/nonexistent"]),
         (["tokenizer=/nonexistent"], ["tokenizer", "/nonexistent"]),
         (["tiny_decoder=/nonexistent"], ["tiny_decoder", "/nonexistent"]),
-        (["tokenizer={latent}/vae"], ["tokenizer", "1 channels", "found 4"]),
+        (["tokenizer={latent}/large"], ["tokenizer", "1 channels", "found 4"]),
         (["model={latent}"], ["latents of 4 channels", "stabilityai/sd-vae-ft-mse"]),
         (["guidance_scale=0.5"], ["guidance_scale", ">= 1", "0.5"]),
         (["out=/dev/null/x.png"], ["out", "/dev/null/x.png"]),
@@ -302,7 +312,7 @@ def test_bad_input_is_one_sentence(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiled_networks_make_the_same_images(latent_folder: Path, tmp_path: Path) -> None:
-    for decoder in (f"tokenizer={latent_folder / 'vae'}", f"tiny_decoder={latent_folder / 'tiny'}"):
+    for decoder in (f"tokenizer={latent_folder / 'large'}", f"tiny_decoder={latent_folder / 'tiny'}"):
         words = ["num=6", "batch_size=4", decoder]
         assert run(latent_folder, f"out={tmp_path / 'eager.npz'}", *words) == 0
         assert run(latent_folder, f"out={tmp_path / 'compiled.npz'}", *words, "compile=true") == 0
