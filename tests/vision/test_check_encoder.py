@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from driftfield import DriftingLoss
 from driftfield.training import run_program
+from tests.vision.tiny_models import autoencoder
+from vision import cache_latents
 from vision import check_encoder as program
 from vision.check_encoder import (
     CheckConfig,
@@ -283,3 +286,53 @@ def test_an_encoder_that_gives_nan_is_named(tmp_path: Path, capsys: pytest.Captu
     mae.save_pretrained(tmp_path / "mae")
     assert run(tmp_path / "check.json", f"encoders=[mae:{tmp_path / 'mae'}]") == 2
     assert "feature layer1: expected finite values" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of pictures, reddish and bluish, 12 of each, in the form of ImageNet."""
+    root = tmp_path_factory.mktemp("photographs")
+    draw = np.random.default_rng(0)
+    for channel, name in [(0, "red"), (2, "blue")]:
+        (root / "train" / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = draw.integers(0, 100, (20, 18, 3))
+            pixels[..., channel] += 150
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "train" / name / f"{index}.png")
+    return root
+
+
+def test_a_folder_of_images(tmp_path: Path, photographs: Path) -> None:
+    ResNetMAE(in_channels=3, base_channels=4, blocks=(1,), num_classes=2).save_pretrained(tmp_path / "mae")
+    folder = ["data.name=imagenet", f"data.folder={photographs}", "data.classes=folders", "data.image_size=16"]
+    assert run(tmp_path / "check.json", *folder, f"encoders=[mae:{tmp_path / 'mae'}]", "families=b") == 0
+    report = read_report(tmp_path / "check.json")
+    assert report["num"] == 24 and report["chance"] == pytest.approx(11 / 23)
+    assert {name: feature["channels"] for name, feature in report["features"].items()} == {
+        "global": 768, "norm_x": 3, "conv1_mean": 4, "conv1_std": 4, "layer1_mean": 4, "layer1_std": 4,
+    }  # fmt: skip
+    assert report["features"]["norm_x"]["agreement"] == 1  # the colour's root mean square is the class
+
+
+def test_latents_with_encoders_of_latents_and_of_images(tmp_path: Path, photographs: Path) -> None:
+    tokenizer, store = tmp_path / "vae", tmp_path / "latents"
+    autoencoder().save_pretrained(tokenizer)
+    cache = [f"data={photographs}", f"out={store}", f"tokenizer={tokenizer}", "classes=folders", "image_size=16"]
+    assert (
+        run_program(
+            cache_latents.main,
+            cache_latents.CacheLatentsConfig,
+            config_dir=CONFIG_DIR,
+            config_name="cache_latents",
+            description="",
+            arguments=cache,
+        )
+        == 0
+    )
+    data = ["data.name=latents", f"data.folder={store}", f"tokenizer={tokenizer}", "families=b"]
+    for channels in (4, 3):  # of latents; of images, through the decoder
+        mae = ResNetMAE(in_channels=channels, base_channels=4, blocks=(1,), num_classes=2)
+        mae.save_pretrained(tmp_path / f"{channels}")
+        assert run(tmp_path / "check.json", *data, f"encoders=[mae:{tmp_path / f'{channels}'}]") == 0
+        features = read_report(tmp_path / "check.json")["features"]
+        assert features["norm_x"]["channels"] == channels and features["global"]["channels"] == 4 * 8 * 8

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.vision.tiny_models import autoencoder
 from vision import encoders
 from vision.encoders import (
     IMAGENET_MEAN,
@@ -27,6 +28,7 @@ from vision.encoders import (
 )
 from vision.features import FAMILIES, multi_scale_features
 from vision.mae import ResNetMAE
+from vision.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "convnext_v2.npz"
 
@@ -379,6 +381,18 @@ def test_decoding_some_at_a_time_changes_nothing(images_at_once: int) -> None:
         decoder.decoded.clear()
         ThroughDecoder(decoder, mae, images_at_once=images_at_once).features(latents)
     assert decoder.decoded == parts
+
+
+def test_gradients_pass_through_the_tokenizer() -> None:
+    """Which computes microbatches of its own twice."""
+    tokenizer, mae = Tokenizer(autoencoder(), microbatch=1), make_mae()
+    latents = torch.randn(3, 4, 8, 8, requires_grad=True)
+    expected = mae.features(tokenizer.vae.decode(latents / tokenizer.scale).sample)
+    (wanted,) = torch.autograd.grad(sum(feature.square().sum() for feature in expected.values()), latents)
+    for images_at_once in (None, 2):
+        features = ThroughDecoder(tokenizer, mae, images_at_once=images_at_once).features(latents)
+        (found,) = torch.autograd.grad(sum(feature.square().sum() for feature in features.values()), latents)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
 def test_maps_of_few_images_are_kept_at_a_time() -> None:
