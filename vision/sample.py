@@ -7,7 +7,6 @@ of latents needs tokenizer=stabilityai/sd-vae-ft-mse, or the smaller tiny_decode
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,10 +102,10 @@ def inputs_in_batches(model: ImageGenerator, seed: int, batches: Sequence[range]
 
     pool = ThreadPoolExecutor(max_workers=DRAWING_THREADS)
     try:
-        drawn = deque([pool.map(draw, batches[0])])  # a map starts at once
-        for following in [*batches[1:], range(0)]:
-            drawn.append(pool.map(draw, following))
-            noise, style = zip(*drawn.popleft(), strict=True)
+        following = pool.map(draw, batches[0])  # a map starts at once
+        for indices in [*batches[1:], range(0)]:
+            drawn, following = following, pool.map(draw, indices)
+            noise, style = zip(*drawn, strict=True)
             yield torch.cat(noise), torch.cat(style)
     finally:
         pool.shutdown(cancel_futures=True)
