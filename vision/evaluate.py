@@ -7,7 +7,7 @@ training images judged likewise are the floor. Writes `evaluation.json` and `gui
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from driftfield.training import ConfigError, UserError, from_plain, option, read_config, run_program
 from driftfield.training.atomic_file import write_json
 from vision.config import CONFIG_DIR, Device, JudgeConfig, TrainConfig
-from vision.data import ImageSet, load, to_float, to_uint8
+from vision.data import ImageSet, Split, load, to_float, to_uint8
 from vision.device import choose_device
 from vision.generator import ImageGenerator
-from vision.judge import SETTINGS, load_or_train
+from vision.judge import SETTINGS, Judge, load_or_train
 from vision.metrics import EvaluationResult, evaluate_features
 from vision.sample import sample
 
@@ -47,10 +47,7 @@ class Judgement:
     """
 
     def __init__(self, config: JudgeConfig, real: ImageSet, held_out: ImageSet, device: torch.device) -> None:
-        settings = SETTINGS[real.name]
-        if config.epochs is not None:
-            settings = replace(settings, epochs=config.epochs)
-        self.judge = load_or_train(real, held_out, config.folder, settings=settings, device=device)
+        self.judge = load_judge(config, real, held_out, device)
         self.real = real
         self._train = self._features(to_float(real.images))
         self._reference = self._features(to_float(held_out.images))
@@ -74,6 +71,14 @@ class Judgement:
 
     def _features(self, images: Tensor) -> Tensor:
         return self.judge.features(images).cpu()
+
+
+def load_judge(config: JudgeConfig, real: ImageSet, held_out: ImageSet, device: torch.device) -> Judge:
+    """The judge that a configuration names, trained if it is not there; arguments as of `Judgement`."""
+    settings = SETTINGS[real.name]
+    if config.epochs is not None:
+        settings = replace(settings, epochs=config.epochs)
+    return load_or_train(real, held_out, config.folder, settings=settings, device=device)
 
 
 def table(rows: Mapping[float, EvaluationResult]) -> str:
@@ -106,13 +111,13 @@ def worst_class(result: EvaluationResult) -> float:
 
 def main(config: EvaluateConfig) -> int:
     """Judge a finished run."""
-    trained = _config_of_run(config.run_dir)
+    trained = config_of_run(config.run_dir)
+    real, held_out = judged_splits(trained)
     device = choose_device(config.device)
     try:
         model = ImageGenerator.from_pretrained(config.run_dir / MODEL).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"run_dir: expected a finished run, found: {error}") from error
-    real, held_out = (load(trained.data.name, split, data_dir=trained.data.folder) for split in ("train", "test"))
     judgement = Judgement(trained.judge, real, held_out, device)
     rows = {
         alpha: judgement.evaluate(model, num=config.num, guidance_scale=alpha, seed=config.seed)
@@ -131,13 +136,31 @@ def main(config: EvaluateConfig) -> int:
     return 0
 
 
-def _config_of_run(run_dir: Path) -> TrainConfig:
+def config_of_run(run_dir: Path) -> TrainConfig:
+    """The configuration that a folder of vision.train was trained with.
+
+    Raises:
+        UserError: it is no such folder, or of another version.
+    """
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir: expected a folder of vision.train, found no config.yaml in {run_dir}")
     try:
         return from_plain(TrainConfig, read_config(run_dir / "config.yaml"))
     except ConfigError as error:
         raise UserError(f"run_dir: {run_dir / 'config.yaml'} is not of this version: {error}") from error
+
+
+def judged_splits(trained: TrainConfig) -> tuple[ImageSet, ImageSet]:
+    """Training and test split of a run's data, for data that have a judge.
+
+    Raises:
+        UserError: these have none.
+    """
+    name = trained.data.name
+    if name == "imagenet" or name == "latents":
+        raise UserError(f"run_dir: expected a run on digits or fashion_mnist, which have a judge, found one on {name}")
+    train, test = (load(name, split, data_dir=trained.data.folder) for split in get_args(Split))
+    return train, test
 
 
 def _plot(rows: Mapping[float, EvaluationResult], path: Path) -> None:

@@ -6,24 +6,24 @@ not held, and divided among the processes of torchrun; a sample depends on (seed
 row is in `evaluation.json`; stopped, the same command goes on with the next.
 """
 
-import hashlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from driftfield.training import ConfigError, Progress, RunFolder, UserError, option, read_config, read_log, run_program
+from driftfield.training import ConfigError, Progress, RunFolder, UserError, option, read_config, run_program
 from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.distributed import any_process, barrier, is_main, process_group, require_equal
-from driftfield.training.runlog import METRICS
 from vision.config import CONFIG_DIR, Device
 from vision.device import choose_device
+from vision.encoders import fingerprint
 from vision.fid import (
     FULL_COUNT,
     PROTOCOLS,
@@ -39,9 +39,12 @@ from vision.fid import (
 from vision.generator import ImageGenerator
 from vision.inception import load_inception
 from vision.measure import Figures, Measurement, process_share
+from vision.pretrained import CONFIG_FILE
+from vision.real import load_tokenizer
 from vision.tokenizer import Tokenizer
 
 RESULTS: Final = "evaluation.json"
+SNAPSHOTS: Final = "snapshots"  # folder inside a run: models through training, named by generated images seen
 PIXELS: Final = "floor(255 clip((x + 1) / 2, 0, 1))"  # how an image in [-1, 1] becomes bytes, in both protocols
 REFERENCE_IMAGES: Final = 10_000  # of precision and recall
 TIMEOUT_S: Final = 3600.0  # the processes wait for one to join the parts of an npz
@@ -62,7 +65,9 @@ class EvaluateImageNetConfig:
     """Keys of `python -m vision.evaluate_imagenet`."""
 
     run_dir: Path = option("folder of the results; an evaluation found there is gone on with")
-    models: tuple[str, ...] = option("folders or hub ids of generators, such as the EMA decays of one run; searched")
+    models: tuple[str, ...] = option(
+        "folders or hub ids of generators, such as the EMA decays of one run, or a folder of such folders; searched"
+    )
     ema_decays: tuple[float, ...] = option(
         "EMA decay of each model, for the record; empty: read from the folder's name or its run", min=0, below=1
     )
@@ -90,17 +95,17 @@ class EvaluateImageNetConfig:
 
 
 class IntermediateFid(NamedTuple):
-    """A Frechet distance in the middle of a training, of so many samples."""
+    """A Frechet distance in the middle of a training, at the best α tried, of so many samples."""
 
     fid: float
-    guidance_scale: float | None
+    guidance_scale: float
     num: int
 
     @property
     def cells(self) -> str:
         """α and distance as two cells of a table; another number of samples than the release's is said."""
-        alpha = "" if self.guidance_scale is None else f"{self.guidance_scale:g}"
-        return f"{alpha} | {self.fid:.2f}" + ("" if self.num == FULL_COUNT else f" ({fid_name(self.num)})")
+        samples = "" if self.num == FULL_COUNT else f" ({fid_name(self.num)})"
+        return f"{self.guidance_scale:g} | {self.fid:.2f}{samples}"
 
 
 def release_ablation_table(ours: Mapping[int, IntermediateFid]) -> str:
@@ -123,14 +128,13 @@ def release_ablation_table(ours: Mapping[int, IntermediateFid]) -> str:
     return "\n".join(lines)
 
 
-def intermediate_fids(run_dir: Path) -> dict[int, IntermediateFid]:
-    """What a training logged as `fid`, `fid_num` and, if at all, `fid_guidance_scale`, by generated images."""
-    log = run_dir / METRICS
-    return {
-        line["samples_seen"]: IntermediateFid(line["fid"], line.get("fid_guidance_scale"), int(line["fid_num"]))
-        for line in (read_log(log) if log.exists() else [])
-        if line.keys() >= {"fid", "fid_num"}
-    }
+def intermediate_fids(rows: Sequence[Mapping[str, Any]]) -> dict[int, IntermediateFid]:
+    """The best α of every snapshot of a training among rows of `evaluation.json`, by generated images trained on."""
+    found: dict[int, IntermediateFid] = {}
+    for row in sorted(rows, key=lambda row: -row["fid"]):
+        if row["images_seen"] is not None:
+            found[row["images_seen"]] = IntermediateFid(row["fid"], row["guidance_scale"], row["num"])
+    return found
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -164,7 +168,7 @@ def main(config: EvaluateImageNetConfig) -> int:
         expected_sha256=config.reference_sha256,
     )
     real_images = _real_images(config)
-    tokenizer = _tokenizer(config, device)
+    tokenizer = load_tokenizer(config.tokenizer, device, bfloat16=config.bfloat16)
     record = {
         "protocol": config.protocol,
         "reference": {"is": PROTOCOLS[config.protocol].title, "sha256": reference.sha256},
@@ -205,13 +209,14 @@ def _measure_rows(
 ) -> list[dict[str, Any]]:
     """Every model at every α; process 0 skips what is recorded, and records."""
     rows = _recorded(config.run_dir / RESULTS) if is_main() else []
-    for number, source in enumerate(config.models):
+    for source, ema_decay in _candidates(config):
         model = _model(source, measurement.device)
-        digest = _fingerprint(model)
+        digest = fingerprint(model)
         what = {
             "model": source,
             "model_sha256": digest,
-            "ema_decay": _ema_decay(config, number),
+            "ema_decay": ema_decay,
+            "images_seen": _images_seen(Path(source)),
             "labels": describe_labels(measurement.label_rule, config.num, model.num_classes),
         }
         for alpha in config.guidance_scales:
@@ -259,15 +264,6 @@ def _real_images(config: EvaluateImageNetConfig) -> RealImages | None:
     return images
 
 
-def _tokenizer(config: EvaluateImageNetConfig, device: torch.device) -> Tokenizer | None:
-    if config.tokenizer is None:
-        return None
-    try:
-        return Tokenizer.from_pretrained(config.tokenizer, bfloat16=config.bfloat16).to(device)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"tokenizer: {error}") from error
-
-
 def _model(source: str, device: torch.device) -> ImageGenerator:
     try:
         return ImageGenerator.from_pretrained(source).to(device)
@@ -275,28 +271,27 @@ def _model(source: str, device: torch.device) -> ImageGenerator:
         raise UserError(f"models: {error}") from error
 
 
-def _fingerprint(model: ImageGenerator) -> str:
-    """SHA-256 of the constructor's keywords, and of names, shapes and bytes of all weights."""
-    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _candidates(config: EvaluateImageNetConfig) -> Iterator[tuple[str, float | None]]:
+    """Every model and its EMA decay, as the user or its folder says; None if nobody knows."""
+    for source, said in zip_longest(config.models, config.ema_decays):
+        inside = [] if (Path(source) / CONFIG_FILE).exists() else sorted(Path(source).glob(f"*/{CONFIG_FILE}"))
+        for folder in [str(file.parent) for file in inside] or [source]:
+            yield folder, _ema_decay(Path(folder)) if said is None else said
 
 
-def _ema_decay(config: EvaluateImageNetConfig, number: int) -> float | None:
-    """As the user says, as the folder's name ends ("model-0.9995"), or the first of its run; None if nobody knows."""
-    if config.ema_decays:
-        return config.ema_decays[number]
-    folder = Path(config.models[number])
+def _ema_decay(folder: Path) -> float | None:
+    """As the folder's name ends ("model-0.9995"), or the first of the run it is in."""
+    run_dir = folder.parent.parent if folder.parent.name == SNAPSHOTS else folder.parent
     try:
-        return float(folder.name.rpartition("-")[2]) if "-" in folder.name else float(_first_decay(folder.parent))
-    except (ValueError, ConfigError, KeyError, IndexError, TypeError, OSError):
+        said = folder.name.partition("-")[2] or read_config(run_dir / "config.yaml")["ema_decays"][0]
+        return float(said)
+    except (ConfigError, KeyError, IndexError, TypeError, ValueError):
         return None
 
 
-def _first_decay(run_dir: Path) -> Any:
-    return read_config(run_dir / "config.yaml")["ema_decays"][0]
+def _images_seen(folder: Path) -> int | None:
+    """Generated images that a snapshot of a training was trained on: its name."""
+    return int(folder.name) if folder.parent.name == SNAPSHOTS and folder.name.isdecimal() else None
 
 
 def _recorded(path: Path) -> list[dict[str, Any]]:
@@ -341,9 +336,8 @@ def _say_what_was_found(config: EvaluateImageNetConfig, rows: Sequence[Mapping[s
             f"best {fid_name(config.num)} {best['fid']:.2f}: {best['model']} at α = {best['guidance_scale']:g}, "
             f"found by a search over {search['candidates']} candidates"
         )
-    ours = {run: fids for source in config.models if (fids := intermediate_fids(run := Path(source).parent))}
-    for run, fids in ours.items():
-        print(f"{run} beside the release's ablation run\n{release_ablation_table(fids)}")
+    if curve := intermediate_fids(rows):
+        print(f"the release's ablation run beside these snapshots\n{release_ablation_table(curve)}")
     print(f"written: {config.run_dir / RESULTS}")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftfield.training import RunLog, run_program
+from driftfield.training import run_program
 from vision import evaluate_imagenet as program
 from vision.config import CONFIG_DIR
 from vision.evaluate_imagenet import (
@@ -28,6 +28,7 @@ from vision.generator import ImageGenerator
 from vision.measure import Measurement
 from vision.metrics import fit_gaussian, frechet_distance, precision_recall
 from vision.sample import images_in_batches
+from vision.train import SNAPSHOTS
 
 from . import evaluate_imagenet_worker as worker
 from .evaluate_imagenet_worker import FeatureNetwork
@@ -201,7 +202,9 @@ def test_latents_are_decoded_by_the_tokenizer(folder: Path, tmp_path: Path, caps
     assert run([*words, "save_samples=true"]) == 0
     found = results(tmp_path / "out")
     assert found["tokenizer"]["source"] == str(tmp_path / "vae") and len(found["tokenizer"]["sha256"]) == 64
-    assert found["rows"][0]["ema_decay"] is None  # neither the folder nor a run says it
+    assert (
+        found["rows"][0]["ema_decay"] is found["rows"][0]["images_seen"] is None
+    )  # neither the folder nor a run says it
     with np.load(next((tmp_path / "out").glob("samples-*.npz"))) as file:
         assert file["arr_0"].shape == (NUM, 16, 16, 3)  # the autoencoder doubles 8 x 8
     assert run(arguments(folder, tmp_path / "other", f"models=[{tmp_path / 'latent'}]")) == 2
@@ -321,21 +324,26 @@ def test_the_releases_curve_is_as_published() -> None:
 
 
 def test_ours_stands_beside_the_release_at_the_same_number_of_images() -> None:
-    ours = {10_000 * 4096: IntermediateFid(14.0, 2.5, 50_000), 1_000_000: IntermediateFid(200.0, None, 5_000)}
+    ours = {10_000 * 4096: IntermediateFid(14.0, 2.5, 50_000), 1_000_000: IntermediateFid(200.0, 1.0, 5_000)}
     lines = release_ablation_table(ours).splitlines()
     assert len(lines) == 2 + 6 + 1 and len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| 1.00 M | | | |  | 200.00 (FID-5k) |"
+    assert lines[2] == "| 1.00 M | | | | 1 | 200.00 (FID-5k) |"
     assert lines[4] == "| 40.96 M | 10k | 2.5 | 13.33 | 2.5 | 14.00 |"
 
 
-def test_intermediate_figures_are_read_from_a_runs_log(
+def test_snapshots_of_a_training_stand_beside_the_release(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert intermediate_fids(tmp_path) == {}
-    with RunLog(tmp_path) as log:
-        log.log(1, 4096, loss=9.0)
-        log.log(5_000, 5_000 * 4096, fid=36.5, fid_num=50_000, fid_guidance_scale=3.5)
-    assert intermediate_fids(tmp_path) == {5_000 * 4096: IntermediateFid(36.5, 3.5, 50_000)}
-    tiny_generator(0).save_pretrained(tmp_path / "model")
-    assert run(arguments(folder, tmp_path / "out", f"models=[{tmp_path / 'model'}]")) == 0
-    assert "| 20.48 M | 5k | 3.5 | 35.20 | 3.5 | 36.50 |" in capsys.readouterr().out
+    snapshots = tmp_path / "run" / SNAPSHOTS
+    tiny_generator(0).save_pretrained(snapshots / f"{5_000 * 4096:012d}")
+    tiny_generator(1).save_pretrained(snapshots / f"{10_000 * 4096:012d}")
+    (tmp_path / "run" / "config.yaml").write_text("ema_decays: [0.99]\n", encoding="utf-8")
+    assert run(arguments(folder, tmp_path / "out", f"models=[{snapshots}]", "guidance_scales=[1.0,4.0]")) == 0
+    rows = results(tmp_path / "out")["rows"]
+    assert [(row["images_seen"], row["guidance_scale"], row["ema_decay"]) for row in rows] == [
+        (20_480_000, 1, 0.99), (20_480_000, 4, 0.99), (40_960_000, 1, 0.99), (40_960_000, 4, 0.99),
+    ]  # fmt: skip
+    best = min(rows[:2], key=lambda row: row["fid"])
+    assert intermediate_fids(rows)[20_480_000] == (best["fid"], best["guidance_scale"], NUM)
+    line = f"| 20.48 M | 5k | 3.5 | 35.20 | {best['guidance_scale']:g} | {best['fid']:.2f} (FID-40) |"
+    assert line in capsys.readouterr().out
