@@ -108,7 +108,12 @@ def create_store(folder: Path, header: LatentHeader, labels: Tensor) -> None:
         )
         values = labels.numpy().astype("<i8")
         zarr.create_array(
-            folder / LABELS, data=values, chunks=values.shape, compressors=[Crc32cCodec()], overwrite=True
+            folder / LABELS,
+            data=values,
+            chunks=values.shape,
+            compressors=[Crc32cCodec()],
+            fill_value=-1,  # no label: zarr leaves out a file that holds nothing else than this
+            overwrite=True,
         )
         zarr.create_group(folder, attributes={HEADER: to_plain(header)})  # last: it says that the rest is there
 
@@ -193,12 +198,12 @@ class LatentFiles:
     """
 
     def __init__(self, folder: Path, header: LatentHeader) -> None:
-        self.folder, self._header = folder, header
+        self.folder, self.header = folder, header
         self._records = header.chunk_images * len(VARIANTS)  # places in the table of each file
         self._dtype = np.dtype(header.dtype).newbyteorder("<")
 
     def __len__(self) -> int:
-        return -(-self._header.count // self._header.chunk_images)
+        return -(-self.header.count // self.header.chunk_images)
 
     def path(self, number: int) -> Path:
         """Where a file is."""
@@ -206,13 +211,13 @@ class LatentFiles:
 
     def images(self, number: int) -> range:
         """Ids of the images of a file."""
-        start = number * self._header.chunk_images
-        return range(start, min(start + self._header.chunk_images, self._header.count))
+        start = number * self.header.chunk_images
+        return range(start, min(start + self.header.chunk_images, self.header.count))
 
     def num_bytes(self, number: int) -> int:
         """Size of a file."""
         records = len(self.images(number)) * len(VARIANTS)
-        return records * self._header.record_bytes + self._records * _PLACE_BYTES + _CRC_BYTES
+        return records * self.header.record_bytes + self._records * _PLACE_BYTES + _CRC_BYTES
 
     def missing(self) -> list[int]:
         """Numbers of the files that are not there."""
@@ -250,7 +255,7 @@ class LatentFiles:
 
     def empty(self, count: int) -> np.ndarray:
         """Room for that many records, uint8 `[count, bytes]`."""
-        return np.empty((count, self._header.record_bytes), np.uint8)
+        return np.empty((count, self.header.record_bytes), np.uint8)
 
     def read_record(self, file: int, offset: int, into: np.ndarray, *, image: int, variant: int) -> None:
         """Read one record and check its CRC.
@@ -266,7 +271,7 @@ class LatentFiles:
         """
         read = os.preadv(file, [into.data], offset)
         if read < len(into) or _crc(into[:-_CRC_BYTES]) != into[-_CRC_BYTES:].tobytes():
-            number = image // self._header.chunk_images
+            number = image // self.header.chunk_images
             raise DataError(
                 f"{self.path(number)}: the record of image {image} ({VARIANTS[variant]}) is damaged: "
                 f"its CRC-32C is not the one stored; {MENDING}"
@@ -275,7 +280,7 @@ class LatentFiles:
     def moments(self, records: np.ndarray) -> Tensor:
         """What the bytes of records hold, `[k, 2, c, h, w]`: mean and standard deviation."""
         values = np.ascontiguousarray(records[:, :-_CRC_BYTES]).view(self._dtype)
-        return torch.from_numpy(values.reshape(-1, *self._header.record_shape))
+        return torch.from_numpy(values.reshape(-1, *self.header.record_shape))
 
     def read_records(self, number: int) -> np.ndarray:
         """All records of a file, each checked, uint8 `[m * 2, bytes]`.
@@ -321,7 +326,7 @@ class LatentFiles:
         images = self.images(number)
         places = np.frombuffer(table, "<u8").reshape(-1, len(VARIANTS), 2)[: len(images)]
         offset, length = places[..., 0], places[..., 1]
-        wrong = (length != self._header.record_bytes) | (offset > np.uint64(max(end - self._header.record_bytes, 0)))
+        wrong = (length != self.header.record_bytes) | (offset > np.uint64(max(end - self.header.record_bytes, 0)))
         if wrong.any():
             raise DataError(
                 f"{self.path(number)}: expected the records of images {images.start} to {images.stop - 1}, "

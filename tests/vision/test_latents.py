@@ -91,6 +91,19 @@ def test_zarr_reads_the_same_moments(tmp_path: Path, dtype: str) -> None:
     assert all(files.path(number).stat().st_size == files.num_bytes(number) for number in range(len(files)))
 
 
+def test_zeros_are_values_like_others(tmp_path: Path) -> None:
+    """zarr leaves out what equals its fill value."""
+    header = replace(HEADER, class_names=("cat",))
+    folder = tmp_path / "store"
+    create_store(folder, header, torch.zeros(7, dtype=torch.int64))
+    files = LatentFiles(folder, header)
+    for number in range(len(files)):
+        files.write(number, torch.zeros(len(files.images(number)), 2, *header.record_shape, dtype=torch.float16))
+    mark_complete(folder, {"mean": [0.0] * 4, "std": [0.0] * 4})
+    store = LatentStore(folder)
+    assert not store.labels.any() and not store.read(torch.arange(14), seed=0).any()
+
+
 @pytest.mark.parametrize("memory_gib", [0.0, 1.0])
 def test_without_spread_a_read_is_the_scaled_mean_of_image_or_mirror(tmp_path: Path, memory_gib: float) -> None:
     values = moments()
