@@ -220,12 +220,13 @@ def _measure_rows(
             "labels": describe_labels(measurement.label_rule, config.num, model.num_classes),
         }
         for alpha in config.guidance_scales:
-            key = {"model_sha256": digest, "guidance_scale": alpha}
-            if any_process(any(key.items() <= row.items() for row in rows)):
+            samples = config.run_dir / f"samples-{digest[:8]}-{alpha:g}.npz" if config.save_samples else None
+            others = [row for row in rows if (row["model_sha256"], row["guidance_scale"]) != (digest, alpha)]
+            if any_process(len(others) < len(rows) and (samples is None or samples.exists())):
                 continue
-            figures = _figures(config, model, measurement, tokenizer, alpha, name=digest[:8])
+            figures = _figures(config, model, measurement, tokenizer, alpha, samples)
             if is_main():
-                rows.append({**what, "guidance_scale": alpha, **figures._asdict()})
+                rows = [*others, {**what, "guidance_scale": alpha, **figures._asdict()}]
                 write_json(config.run_dir / RESULTS, {**record, "search": _search(rows), "rows": rows})
     return rows
 
@@ -236,8 +237,7 @@ def _figures(
     measurement: Measurement,
     tokenizer: Tokenizer | None,
     alpha: float,
-    *,
-    name: str,
+    samples: Path | None,
 ) -> Figures:
     """One row, with a bar, and its errors in the user's words."""
     try:
@@ -248,7 +248,7 @@ def _figures(
                 guidance_scale=alpha,
                 tokenizer=tokenizer,
                 bfloat16=config.bfloat16,
-                save_as=config.run_dir / f"samples-{name}-{alpha:g}.npz" if config.save_samples else None,
+                save_as=samples,
                 progress=(lambda _: None) if bar is None else bar.update,
             )
     except ValueError as error:
@@ -283,8 +283,8 @@ def _ema_decay(folder: Path) -> float | None:
     """As the folder's name ends ("model-0.9995"), or the first of the run it is in."""
     run_dir = folder.parent.parent if folder.parent.name == SNAPSHOTS else folder.parent
     try:
-        said = folder.name.partition("-")[2] or read_config(run_dir / "config.yaml")["ema_decays"][0]
-        return float(said)
+        decay = float(folder.name.partition("-")[2] or read_config(run_dir / "config.yaml")["ema_decays"][0])
+        return decay if 0 <= decay < 1 else None
     except (ConfigError, KeyError, IndexError, TypeError, ValueError):
         return None
 

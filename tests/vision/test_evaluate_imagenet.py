@@ -257,6 +257,24 @@ def test_a_folder_holds_one_evaluation(folder: Path, tmp_path: Path, capsys: pyt
     assert results(tmp_path / "out") == before
 
 
+def test_samples_asked_for_later_are_made(folder: Path, tmp_path: Path) -> None:
+    assert run(arguments(folder, tmp_path / "out", "guidance_scales=[1.0,2.0]")) == 0
+    before = results(tmp_path / "out")["rows"]
+    assert run(arguments(folder, tmp_path / "out", "save_samples=true")) == 0
+    after = results(tmp_path / "out")["rows"]
+    assert sorted(after, key=lambda row: row["guidance_scale"]) == before  # the first row was made again, not twice
+    assert [path.name for path in (tmp_path / "out").glob("*.npz")] == [
+        f"samples-{before[0]['model_sha256'][:8]}-1.npz"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"), [("model-0.9998", 0.9998), ("model", None), ("run-2", None), ("latent-b", None)]
+)
+def test_a_decay_is_read_from_a_folders_name_or_not_at_all(name: str, decay: float | None, tmp_path: Path) -> None:
+    assert program._ema_decay(tmp_path / name) == decay
+
+
 # --- two processes ------------------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,21 @@ def test_neighbourhoods_agree_with_loops_over_all_pairs(
     assert 0 < near.precision and near.recall < 1 and coverage(real, generated, k=k) < 1
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+@pytest.mark.parametrize("chunk_elements", [1, 2**24])
+def test_distances_keep_their_digits_from_copies_to_far_apart(
+    offset: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", chunk_elements)
+    columns = normal(9, 6) + offset
+    # The same points, and moved by ever larger steps; each step is a power of two, which both offsets represent.
+    rows = torch.cat([columns + step * normal(9, 6, seed=1).sign() for step in (0.0, 2**-20, 2**-9, 1.0, 2.0**20)])
+    found = torch.cat(list(metrics._distances(rows, columns)))
+    exact = (rows[:, None] - columns[None]).square().sum(2).sqrt()
+    np.testing.assert_allclose(found, exact, rtol=1e-7)
+    assert (found[:9].diagonal() == 0).all()
+
+
 def test_precision_and_recall_agree_with_torch_fidelity() -> None:
     real, generated = normal(120, 8), 0.8 * normal(90, 8, seed=1) + 0.2
     theirs = torch_fidelity.metric_prc.prc_features_to_metric(
