@@ -173,6 +173,9 @@ def _write_missing(
     stop: StopRequest,
 ) -> None:
     """Encode the images of those of this process's files that are missing or damaged; return early on a stop."""
+    present = sum(files.path(number).is_file() for number in share.of(files))
+    if present:
+        print(f"checking the {present} files that are there")
     missing = [number for number in share.of(files) if not stop.requested and not _is_whole(files, number)]
     total = sum(len(files.images(number)) for number in share.of(files))
     left = sum(len(files.images(number)) for number in missing)

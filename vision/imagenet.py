@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -219,11 +220,12 @@ class _File(NamedTuple):
 
 
 class _Recent:
-    """The decoded images looked at last, as many as there is room for."""
+    """The decoded images looked at last, as many as there is room for; threads may ask at the same time."""
 
     def __init__(self, room: int) -> None:
         self._room = room
         self._pixels: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = Lock()
 
     def get(
         self,
@@ -231,13 +233,14 @@ class _Recent:
         decode: Callable[[Sequence[tuple[int, int]]], Iterable[np.ndarray]],
     ) -> list[np.ndarray]:
         """The images of all looks; those not in memory are decoded, each once."""
-        absent = list(dict.fromkeys(look for look in looks if look not in self._pixels))
-        self._pixels.update(zip(absent, decode(absent), strict=True))
-        pixels = [self._pixels[look] for look in looks]
-        for look in looks:
-            self._pixels.move_to_end(look)
-        while len(self._pixels) > self._room:
-            self._pixels.popitem(last=False)
+        with self._lock:
+            absent = list(dict.fromkeys(look for look in looks if look not in self._pixels))
+            self._pixels.update(zip(absent, decode(absent), strict=True))
+            pixels = [self._pixels[look] for look in looks]
+            for look in looks:
+                self._pixels.move_to_end(look)
+            while len(self._pixels) > self._room:
+                self._pixels.popitem(last=False)
         return pixels
 
 

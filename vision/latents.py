@@ -39,7 +39,7 @@ class LatentStore:
         folder: str | Path,
         *,
         tokenizer: Tokenizer | None = None,
-        workers: int = 8,
+        workers: int = 4,
         memory_gib: float = 0.0,
     ) -> None:
         self.folder = Path(folder)
