@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from vision.class_names import CLASS_NAMES_FILE, class_names, label_ids
 from vision.data import to_uint8
 from vision.generator import ImageGenerator
 from vision.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE
-from vision.sample import BATCH_SIZE, require_decoder, sample
+from vision.release import download
+from vision.sample import BATCH_SIZE, VAE_FOLDER, require_decoder, sample
 from vision.tiny_decoder import TinyDecoder
 from vision.tokenizer import Tokenizer
 
-VAE_FOLDER: Final = "vae"  # beside the generator's files, as diffusers writes an AutoencoderKL
 OutputType = Literal["pil", "pt", "np"]
 
 
@@ -91,7 +91,7 @@ class DriftingPipeline:
             ValueError: files are damaged, or do not fit each other; or a generator of latents has no tokenizer.
         """
         folder = _with_all_parts(source, revision)
-        generator = ImageGenerator.from_pretrained(folder)
+        generator = ImageGenerator.from_pretrained(folder, revision=revision)
         if tokenizer is None and (Path(folder) / VAE_FOLDER).is_dir():
             tokenizer = Path(folder) / VAE_FOLDER
         if isinstance(tokenizer, (str, os.PathLike)):
@@ -99,7 +99,7 @@ class DriftingPipeline:
         return cls(generator, tokenizer, class_names=class_names(folder, generator.num_classes))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write everything into a folder, from which `ImageGenerator.from_pretrained` also reads the generator.
+        """Write everything into a folder, which is also a generator's: `python -m vision.sample model=FOLDER` takes it.
 
         Args:
             folder: made if it does not exist; gets `vae/` and class_names.json where there are such, config.json last.
@@ -180,10 +180,7 @@ def _with_all_parts(source: str | os.PathLike[str], revision: str | None) -> str
     """The source, or the folder of a hub repository with everything that `save_pretrained` writes."""
     if Path(source).is_dir() or not HUB_ID.fullmatch(str(source)):
         return source
-    from huggingface_hub import snapshot_download  # only a download needs it
-
-    parts = [CONFIG_FILE, WEIGHTS_FILE, CLASS_NAMES_FILE, f"{VAE_FOLDER}/*"]
-    return snapshot_download(str(source), revision=revision, allow_patterns=parts)
+    return download(str(source), [CONFIG_FILE, WEIGHTS_FILE, CLASS_NAMES_FILE, f"{VAE_FOLDER}/*"], revision=revision)
 
 
 def _seed(generator: torch.Generator | int | None) -> int:
