@@ -155,6 +155,27 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert_equal_bits(final_state(tmp_path), final_state(finished))
 
 
+def test_three_processes_take_the_steps_of_one(finished: Path, judge_folder: Path, tmp_path: Path) -> None:
+    words = [
+        word for word in overrides(finished, judge_folder) if not word.startswith(("run_dir", "images=", "log_every"))
+    ]
+    words += ["images=24", "log_every_images=12", "evaluate_images=100"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for count in (1, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command += ["-m", "vision.train", *words, f"run_dir={tmp_path / str(count)}"]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
+    one, three = (read_log(tmp_path / name / "metrics.jsonl") for name in ("1", "3"))
+    assert len(one) == len(three) == 2
+    for mine, theirs in zip(one, three, strict=True):
+        for name in ("loss", "lambda", "lambda/0.02", "lambda/global", "gradient_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-3), name
+    queues = [read_checkpoint(tmp_path / name / "checkpoints") for name in ("1", "3")]
+    assert queues[0] is not None and queues[1] is not None
+    assert_equal_bits({"queue": queues[0].tensors["queue"]}, {"queue": queues[1].tensors["queue"]})
+
+
 @pytest.fixture
 def training(finished: Path, judge_folder: Path) -> Training:
     config = load_config(
