@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vision.features import FAMILIES, Encoder, multi_scale_features, require_families
 from vision.mae import ResNetMAE
 from vision.pretrained import WEIGHTS_FILE
+from vision.release import download, first_line, require_files
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -445,29 +446,25 @@ def _random_mae(name: str) -> ResNetMAE:
 def _pretrained_mae(source: str) -> ResNetMAE:
     try:
         return ResNetMAE.from_pretrained(source)
-    except OSError as error:  # the hub's errors among them
-        raise FileNotFoundError(
-            f"mae: expected config.json and {WEIGHTS_FILE} in the folder, or the hub repository, {source}, found none "
-            f"({_first_line(error)}); vision.train_mae writes such a folder, vision.convert makes one of the release's"
-        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"mae: {error}; vision.train_mae trains one into RUN_DIR/model") from error
 
 
 def _download_convnext(name: str) -> Path:
-    """The file of a timm name such as "convnextv2_base.fcmae_ft_in22k_in1k", from the hub or the hub's cache."""
-    from huggingface_hub import hf_hub_download  # only a download needs it
-
+    """The folder with a timm name's weights, from the hub or its cache."""
     if not TIMM_NAME.fullmatch(name):
         raise FileNotFoundError(
             f"convnextv2: expected a checkpoint file, a folder with {WEIGHTS_FILE} or a timm name such as "
             f"{CONVNEXT_V2}, found nothing at {name}"
         )
     try:
-        return Path(hf_hub_download(f"timm/{name}", WEIGHTS_FILE))
-    except OSError as error:
+        folder = download(f"timm/{name}", [WEIGHTS_FILE])
+        require_files(folder, [WEIGHTS_FILE])
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"convnextv2: expected {WEIGHTS_FILE} of the hub repository timm/{name} in the hub's cache or to fetch, "
-            f"found neither ({_first_line(error)}); put that file anywhere and say convnextv2:PATH"
+            f"convnextv2: {error}; without a network, fetch its {WEIGHTS_FILE} elsewhere and say convnextv2:PATH"
         ) from error
+    return folder
 
 
 def _read_weights(source: str | Path) -> dict[str, Tensor]:
@@ -480,7 +477,7 @@ def _read_weights(source: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected a checkpoint file, found none") from error
     except (EOFError, KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: expected safetensors or a .pth of tensors alone ({_first_line(error)})") from error
+        raise ValueError(f"{path}: expected safetensors or a .pth of tensors alone ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"{path}: expected tensors by name, at the top or under 'state_dict' or 'model'")
     return weights
@@ -504,7 +501,3 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:  # it names every tensor that is missing, left over or of another shape
         raise ValueError(f"{source}: the weights do not fit the network: {error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

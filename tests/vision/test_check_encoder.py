@@ -263,7 +263,7 @@ def test_an_encoder_on_digits(tmp_path: Path, mae_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encoders=[mae:/nowhere]"], "mae: expected config.json and model.safetensors in the folder"),
+        (["encoders=[mae:/nowhere]"], "mae: /nowhere: expected a folder or a hub id"),
         (["encoders=[dino:x]"], "encoder: expected mae:"),
         (["families=xyz"], "families: expected letters of 'abcd', found 'xyz'"),
         (["encoders=[none]", "num=10"], "num: expected at least two samples of each"),

@@ -502,13 +502,13 @@ def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mae:nowhere/at/all", "mae: expected config.json and model.safetensors in the folder, .* nowhere/at/all"),
-        ("mae:owner/name", "mae: expected .* the hub repository, owner/name, found none .*vision.train_mae"),
+        ("mae:nowhere/at/all", "mae: nowhere/at/all: expected a folder or a hub id .* vision.train_mae trains one"),
+        ("mae:owner/name", "mae: owner/name: expected it on the Hugging Face hub .* vision.train_mae trains one"),
         ("resnet50:nowhere.pth", "resnet50: expected a checkpoint of a ResNet-50, found nothing at nowhere.pth"),
         ("convnextv2:nowhere.pth", "convnextv2: expected a checkpoint file, .* found nothing at nowhere.pth"),
         ("convnextv2:convnextv2_huge", "or a timm name such as .*, found nothing at convnextv2_huge"),
-        ("convnextv2:convnextv2_huge.fcmae", "hub repository timm/convnextv2_huge.fcmae .* say convnextv2:PATH"),
-        ("convnextv2", "hub repository timm/convnextv2_base.fcmae_ft_in22k_in1k .* say convnextv2:PATH"),
+        ("convnextv2:convnextv2_huge.fcmae", "timm/convnextv2_huge.fcmae: expected .* say convnextv2:PATH"),
+        ("convnextv2", "timm/convnextv2_base.fcmae_ft_in22k_in1k: expected .* say convnextv2:PATH"),
     ],
 )
 def test_absent_weights_are_an_error_that_says_what_to_put_where(spec: str, message: str) -> None:
