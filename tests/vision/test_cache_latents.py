@@ -230,6 +230,31 @@ def test_torchrun_shares_the_work(
     assert contents(out) == contents(straight)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_at_once_and_a_kill_write_what_one_writes(
+    data: Path, vae: Path, straight: Path, tmp_path: Path
+) -> None:
+    """Both make the store, each its files; one is killed and started again."""
+    out = tmp_path / "store"
+
+    def start(shard: int, fault: str = "") -> subprocess.Popen[str]:
+        words = arguments(data, vae, out, shard=shard, num_shards=2)
+        environment = {**os.environ, "DRIFTFIELD_FAULT": fault, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "vision.cache_latents", *words]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+    processes = [start(0, "cache_latents.write.2:exit"), start(1)]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [9, 0], errors
+    with pytest.raises(DataError, match="found 1 of 4 files missing"):
+        LatentStore(out)
+    again = start(0)
+    error = again.communicate(timeout=100)[1]
+    assert again.returncode == 0, error
+    assert contents(out) == contents(straight)
+
+
 def test_a_second_process_with_the_same_share_is_refused(data: Path, vae: Path, straight: Path) -> None:
     with (
         RunFolder(straight / "runs" / "shard-0-of-1", {}, may_change=list(CacheLatentsConfig.__annotations__)),
