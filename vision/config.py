@@ -153,6 +153,7 @@ class TrainConfig:
     checkpoint_every_images: int = option("generated images between two checkpoints", min=1)
     log_every_images: int = option("generated images between two lines of the log", min=1)
     picture_every_images: int = option("generated images between two pictures", min=1)
+    picture_guidance_scales: tuple[float, ...] = option("further α of pictures, beside evaluate_guidance_scale", min=1)
     snapshot_every_images: int | None = option("generated images between two models kept for evaluation", min=1)
     writers: tuple[Literal["tensorboard", "wandb"], ...] = option("log writers beside metrics.jsonl")
     real_features_mib: int = option("memory for the features of all real images, in MiB; else computed anew", min=0)

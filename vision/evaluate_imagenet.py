@@ -7,7 +7,6 @@ row is in `evaluation.json`; stopped, the same command goes on with the next.
 """
 
 import importlib.metadata
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -157,8 +156,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(config: EvaluateImageNetConfig) -> int:
     """Check every file first; then sample, measure and record, row after row."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = choose_device(config.device)
     network = load_inception(config.inception, device=device)
     reference = open_reference(

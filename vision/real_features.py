@@ -1,6 +1,7 @@
 """Features of real samples, computed once where they stay the same and fit in memory."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 import torch
@@ -43,24 +44,38 @@ class RealFeatures:
         memory_mib: int,
     ) -> None:
         self._real, self._encode, self._device, self._seed = real, encode, device, seed
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="real")
+        self._reads: dict[int, Future[Tensor]] = {}  # by id of the visits they are of
         self._kept: dict[str, Tensor] | None = None
         if isinstance(real, ImageSet):
-            one_sample = sum(feature.nbytes for feature in self._compute(torch.zeros(1, dtype=torch.int64)).values())
+            one_sample = sum(
+                feature.nbytes for feature in self._features(self._read(torch.zeros(1, dtype=torch.int64))).values()
+            )
             if one_sample * len(real) <= memory_mib * 2**20:
-                parts = [self._compute(ids) for ids in torch.arange(len(real)).split(BATCH_SIZE)]
+                parts = [self._features(self._read(ids)) for ids in torch.arange(len(real)).split(BATCH_SIZE)]
                 self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def prefetch(self, visits: Tensor) -> None:
+        """Begin to read these visits, while the device computes; the next call with this very tensor takes them."""
+        if self._kept is None:
+            self._reads[id(visits)] = self._reader.submit(self._read, visits.flatten())
 
     @torch.no_grad()
     def __call__(self, visits: Tensor) -> dict[str, Tensor]:
         """Features of visits `[L, K]`, as groups `[L, locations, K, channels]` by name."""
         flat = visits.flatten()
         if self._kept is None:
-            features = self._compute(flat)
+            if id(visits) not in self._reads:
+                self.prefetch(visits)
+            features = self._features(self._reads.pop(id(visits)).result())
         else:
             ids = (flat % len(self._real)).to(self._device)
             features = {name: feature[ids] for name, feature in self._kept.items()}
         return group_by_label(features, len(visits))
 
+    def _read(self, visits: Tensor) -> Tensor:
+        return self._real.read(visits, seed=self._seed)
+
     @torch.no_grad()
-    def _compute(self, visits: Tensor) -> dict[str, Tensor]:
-        return dict(self._encode(self._real.read(visits, seed=self._seed).to(self._device, non_blocking=True)))
+    def _features(self, samples: Tensor) -> dict[str, Tensor]:
+        return dict(self._encode(samples.to(self._device, non_blocking=True)))

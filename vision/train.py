@@ -55,6 +55,7 @@ from vision.data import Epochs, ImageSet, RealSamples, load, require_per_class
 from vision.device import choose_device
 from vision.encoders import load_encoder
 from vision.evaluate import MODEL, Judgement, table
+from vision.evaluate_imagenet import SNAPSHOTS
 from vision.features import Encoder, family_of, group_by_label, image_features
 from vision.generator import ImageGenerator
 from vision.pictures import save_animation, save_grid
@@ -70,7 +71,6 @@ PICTURE_ROWS: Final = 10  # images of each class in the pictures of training
 MAX_PICTURE_CLASSES: Final = 10
 RESULTS: Final = "results.json"
 PICTURES: Final = "pictures"  # folder of the grids through training
-SNAPSHOTS: Final = "snapshots"  # folder of the models through training
 
 
 class Piece(NamedTuple):
@@ -79,8 +79,7 @@ class Piece(NamedTuple):
     slots: range  # places of the labels among those of the step
     labels: Tensor  # [l]
     alpha: Tensor  # [l]
-    positives: Tensor  # visits [l, P]
-    unconditional: Tensor  # visits [l, M]
+    real: Tensor  # visits [l, P + M]: positives, then unconditional samples
 
 
 class Training:
@@ -142,12 +141,11 @@ class Training:
         labels = self._push_newest_real()  # 1. newest real samples into the queues; the labels of this step  [L]
         alpha = self._draw_guidance_scale(len(labels))  # 2. one guidance scale per label  [L]
         positives, unconditional = self._draw_real(labels)  # 3. real samples from the queues  [L, P] and [L, M]
-        pieces = self._pieces(labels, alpha, positives, unconditional)
+        pieces = self._pieces(labels, alpha, torch.cat([positives, unconditional], dim=1))
         statistics = self._batch_statistics(pieces)
         self.optimizer.zero_grad(set_to_none=True)
         outputs = []
-        for piece in pieces:
-            batch = self._features(piece)  # 4.-5. N images per label in one pass; features of these and of real ones
+        for batch in self._features(pieces):  # 4.-5. N images per label in one pass; features of these and of real ones
             output = sum_over_features(self.loss, *batch, statistics=statistics)  # 6. the loss in every feature
             (output.loss.sum() / len(labels)).backward()
             outputs.append(DriftingOutput(*(part.detach() for part in output)))
@@ -208,15 +206,12 @@ class Training:
         )
         return positives, unconditional  # [L, P], [L, M]
 
-    def _pieces(self, labels: Tensor, alpha: Tensor, positives: Tensor, unconditional: Tensor) -> list[Piece]:
+    def _pieces(self, labels: Tensor, alpha: Tensor, real: Tensor) -> list[Piece]:
         """What this process computes, in pieces that fit into its memory."""
         slots = range(len(labels))[share(len(labels))]
         size = self.config.labels_at_once or len(slots)
         pieces = [slots[start : start + size] for start in range(0, len(slots), size)]
-        return [
-            Piece(piece, *(part[piece.start : piece.stop] for part in (labels, alpha, positives, unconditional)))
-            for piece in pieces
-        ]
+        return [Piece(piece, *(part[piece.start : piece.stop] for part in (labels, alpha, real))) for piece in pieces]
 
     def _batch_statistics(self, pieces: list[Piece]) -> Mapping[str, DriftStatistics] | None:
         """Scale and drift norms of the whole batch where it is computed in pieces: two passes without gradient."""
@@ -225,15 +220,20 @@ class Training:
         with torch.no_grad():
             return feature_statistics(self.loss, _Anew(self, pieces))
 
-    def _features(self, piece: Piece) -> FeatureBatch:
-        """Features of generated images, and of real samples without gradient, by label."""
-        x = self._draw_generated(piece)  # [l·N, C, H, W]
-        return FeatureBatch(
-            group_by_label(self._encode(x), len(piece.labels)),
-            self.real_features(piece.positives),
-            self.real_features(piece.unconditional),
-            self._unconditional_weight(piece.alpha),
-        )
+    def _features(self, pieces: list[Piece]) -> Iterator[FeatureBatch]:
+        """Piece by piece, features of generated images, and of real samples without gradient, by label."""
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            if following is not None:
+                self.real_features.prefetch(following.real)
+            x = self._draw_generated(piece)  # [l·N, C, H, W]
+            real = self.real_features(piece.real)  # [l, locations, P + M, channels] by name
+            num_positives = self.config.positives_per_label
+            yield FeatureBatch(
+                group_by_label(self._encode(x), len(piece.labels)),
+                {name: feature[..., :num_positives, :] for name, feature in real.items()},
+                {name: feature[..., num_positives:, :] for name, feature in real.items()},
+                self._unconditional_weight(piece.alpha),
+            )
 
     def _draw_generated(self, piece: Piece) -> Tensor:
         """Noise and style of a slot depend on (seed, step, slot) alone, however slots are spread over processes."""
@@ -338,7 +338,7 @@ class _Anew:
         self._training, self._pieces = training, pieces
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        return map(self._training._features, self._pieces)
+        return self._training._features(self._pieces)
 
 
 def build_generator(config: TrainConfig, *, channels: int, image_size: int, num_classes: int) -> ImageGenerator:
@@ -464,18 +464,21 @@ class Pictures:
         training, num_classes = self.training, len(self.training.real.class_names)
         columns = min(num_classes, MAX_PICTURE_CLASSES)
         classes = torch.arange(columns) * num_classes // columns
-        with training.ema.swapped():
-            images = sample(
-                training.generator,
-                classes.repeat(PICTURE_ROWS),
-                guidance_scale=training.config.evaluate_guidance_scale,
-            )
-        if self.tokenizer is not None:
-            with torch.no_grad():
-                images = self.tokenizer.decode(images.to(training.device)).cpu()
-        (self.folder / PICTURES).mkdir(exist_ok=True)
-        for name in (f"{PICTURES}/{training.images_seen:010d}.png", "samples.png"):
-            save_grid(images, self.folder / name, columns=columns)
+        for alpha in dict.fromkeys([training.config.evaluate_guidance_scale, *training.config.picture_guidance_scales]):
+            with training.ema.swapped():
+                images = sample(
+                    training.generator,
+                    classes.repeat(PICTURE_ROWS),
+                    guidance_scale=alpha,
+                    batch_size=len(classes),
+                    tokenizer=self.tokenizer,
+                )
+            first = alpha == training.config.evaluate_guidance_scale
+            through_training = self.folder / (PICTURES if first else f"{PICTURES}/alpha-{alpha:g}")
+            through_training.mkdir(parents=True, exist_ok=True)
+            save_grid(images, through_training / f"{training.images_seen:010d}.png", columns=columns)
+            if first:
+                save_grid(images, self.folder / "samples.png", columns=columns)
 
 
 def main(config: TrainConfig) -> int:

@@ -204,7 +204,7 @@ def test_gradient_that_is_not_finite_changes_nothing(training: Training) -> None
 def pieces_of(training: Training, at_once: int | None) -> list[train.Piece]:
     labels, alpha = torch.tensor([4, 1, 7]), torch.tensor([1.0, 2.0, 3.0])
     training.config.labels_at_once = at_once
-    return training._pieces(labels, alpha, *training._draw_real(labels))
+    return training._pieces(labels, alpha, torch.cat(training._draw_real(labels), dim=1))
 
 
 def test_noise_of_a_slot_does_not_depend_on_the_other_slots(training: Training) -> None:
