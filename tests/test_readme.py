@@ -30,6 +30,8 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "vision.train": ("images=320", "encoder.images=256", "judge.epochs=1", "evaluate_images=100"),
     "vision.sample": (),
     "vision.evaluate": ("num=100", "guidance_scales=[1,2]"),
+    "vision.neighbours": (),
+    "vision.check_encoder": ("num=100",),
 }
 
 
