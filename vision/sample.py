@@ -73,15 +73,15 @@ def draw_inputs(model: ImageGenerator, draws: Sequence[torch.Generator], count: 
 
     Args:
         model: whose inputs they are.
-        draws: generators on the CPU.
+        draws: generators, all on one device; on another kind of device they draw other numbers.
         count: images per generator.
 
     Returns:
-        Standard normal noise `[len(draws) * count, C, H, W]` and style entries `[len(draws) * count, S]`, on the CPU.
+        Standard normal noise `[len(draws) * count, C, H, W]` and style entries `[len(draws) * count, S]`, on theirs.
     """
-    shape = (count, model.channels, model.image_size, model.image_size)
-    noise = [torch.randn(shape, generator=draw) for draw in draws]
-    style = [torch.randint(model.num_style_entries, (count, model.num_styles), generator=draw) for draw in draws]
+    image, styles = (count, model.channels, model.image_size, model.image_size), (count, model.num_styles)
+    noise = [torch.randn(image, generator=draw, device=draw.device) for draw in draws]
+    style = [torch.randint(model.num_style_entries, styles, generator=draw, device=draw.device) for draw in draws]
     return torch.cat(noise), torch.cat(style)
 
 

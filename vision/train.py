@@ -176,8 +176,8 @@ class Training:
         self.queue.load_state_dict(tensors["queue"])
         self.unconditional_queue.load_state_dict(tensors["unconditional_queue"])
 
-    def _random(self, *purpose: int | str) -> torch.Generator:
-        return generator(self.config.seed, *purpose, self.step_number)
+    def _random(self, *purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        return generator(self.config.seed, *purpose, self.step_number, device=device)
 
     def _fill_queues(self) -> None:
         """Every class full, or all its samples, before the first step: no step ever lacks positives."""
@@ -239,13 +239,13 @@ class Training:
         """Noise and style of a slot depend on (seed, step, slot) alone, however slots are spread over processes."""
         count = self.config.generated_per_label
         with self._autocast():
-            draws = [self._random("generated", slot) for slot in piece.slots]
+            draws = [self._random("generated", slot, device=self.device) for slot in piece.slots]
             noise, style = draw_inputs(self.generator, draws, count)
             images = self._generate(
-                noise.to(self.device),
+                noise,
                 piece.labels.repeat_interleave(count).to(self.device),
                 piece.alpha.repeat_interleave(count).to(self.device),
-                style.to(self.device),
+                style,
             )  # [l·N, C, H, W]
         return images.float()
 
