@@ -82,23 +82,27 @@ def check_weight(name: str, weight: Tensor | None, points_name: str, points: Ten
         raise ValueError(f"{name} is on {weight.device} but {points_name} is on {points.device}: expected one device")
 
 
+class NotFiniteError(ValueError):
+    """A tensor that holds NaN or infinity."""
+
+
 def check_finite(**tensors: Tensor | None) -> None:
     """Refuse NaN and infinity, naming the tensor, the first index and the count. Waits for the device.
 
     Raises:
-        ValueError: some entry is not finite.
+        NotFiniteError: some entry is not finite.
 
     >>> check_finite(x=torch.tensor([1.0, float("nan")]))
     Traceback (most recent call last):
     ...
-    ValueError: x has 1 of 2 entries that are not finite, the first at index [1]: nan
+    driftfield.checks.NotFiniteError: x has 1 of 2 entries that are not finite, the first at index [1]: nan
     """
     for name, tensor in tensors.items():
         if tensor is None or bool(torch.isfinite(tensor).all()):
             continue
         bad = (~torch.isfinite(tensor)).nonzero()
         first = bad[0].tolist()
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} has {len(bad)} of {tensor.numel()} entries that are not finite, the first at index {first}: "
             f"{tensor[tuple(first)].item()}"
         )

@@ -24,7 +24,7 @@ class DataConfig:
     augmentation: Augmentation = option("of imagenet's images at each visit: none, flip, or random crop and flip")
     image_size: int = option("side of imagenet's crops, in pixels", min=1)
     workers: int = option("threads that read images or latents", min=1)
-    memory_gib: float = option("memory for decoded images that will soon be read again, in GiB", min=0)
+    memory_gib: float = option("memory for samples read again, in GiB; the processes of a machine share it", min=0)
 
 
 @dataclass(kw_only=True)
@@ -48,11 +48,13 @@ class EncoderConfig:
     cooldown_fraction: float = option("last part of the training over which the rate falls to 0", min=0, max=1)
     weight_decay: float = option("AdamW's weight decay", min=0)
     ema_decay: float = option("decay of the average of the weights", min=0, below=1)
+    ema_warmup: bool = option("a lower decay at first: (1 + t) / (10 + t) at step t")
     clip_norm: float = option("largest norm of the gradient", above=0)
     classifier_images: int = option("images, the last ones, that also teach a classifier (A.3)", min=0)
     classifier_weight: float = option("share of the classifier in the loss", min=0, max=1)
     classifier_warmup_images: int = option("images over which the share rises from 0", min=0)
     log_every_images: int = option("images between two lines of the log", min=1)
+    checkpoint_every_images: int = option("images between two checkpoints", min=1)
 
 
 @dataclass(kw_only=True)
@@ -150,6 +152,7 @@ class TrainConfig:
     weight_decay: float = option("AdamW's weight decay", min=0)
     clip_norm: float = option("largest norm of the gradient", above=0)
     ema_decays: tuple[float, ...] = option("decays of the averages of the weights; the first is used", min=0, below=1)
+    ema_warmup: bool = option("a lower decay at first: (1 + t) / (10 + t) at step t")
     checkpoint_every_images: int = option("generated images between two checkpoints", min=1)
     log_every_images: int = option("generated images between two lines of the log", min=1)
     picture_every_images: int = option("generated images between two pictures", min=1)

@@ -104,10 +104,14 @@ class ImageFolder:
         Returns:
             `[k, 3, H, W]` float32 in [-1, 1] on the CPU.
         """
+        return to_float(self.read_bytes(visits, seed=seed))
+
+    def read_bytes(self, visits: Tensor, *, seed: int) -> Tensor:
+        """The same as uint8, a quarter of the memory: a GPU makes floats of them faster than a CPU."""
         image_ids(visits, len(self))
         looks = [(seed, visit) for visit in visits.tolist()]
         pixels = self._recent.get(looks, lambda absent: self._pool.map(self._look, absent))
-        return to_float(torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, *self.sample_shape).byte())
+        return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, *self.sample_shape).byte()
 
     def center_crops(self, images: Sequence[int]) -> Tensor:
         """Centre crops by id, not mirrored, uint8 `[k, 3, H, W]`.

@@ -26,6 +26,7 @@ from driftfield import (
     sum_over_features,
 )
 from driftfield import unconditional_weight as weight_of_unconditional
+from driftfield.checks import NotFiniteError
 from driftfield.normalization import sum_over_processes
 from driftfield.training import (
     EMA,
@@ -33,6 +34,7 @@ from driftfield.training import (
     RunFolder,
     Stopped,
     StopRequest,
+    Update,
     UserError,
     barrier,
     generator,
@@ -44,7 +46,6 @@ from driftfield.training import (
     run_loop,
     run_program,
     share,
-    sum_gradients,
     to_plain,
     to_yaml,
     warmup_constant,
@@ -66,9 +67,15 @@ from vision.tokenizer import Tokenizer
 from vision.train_mae import trained_mae
 
 BETAS: Final = (0.9, 0.95)  # A.9
-MAX_REJECTED_STEPS: Final = 10  # in a row
 PICTURE_ROWS: Final = 10  # images of each class in the pictures of training
 MAX_PICTURE_CLASSES: Final = 10
+MAX_FRAMES: Final = 40  # of the animation
+# A resumed run may change what only concerns where it runs, not what it computes.
+MAY_CHANGE: Final = (
+    "run_dir", "data.folder", "data.workers", "data.memory_gib", "checkpoint_activations", "real_features_mib",
+    "writers", "checkpoint_every_images", "log_every_images", "picture_every_images", "picture_guidance_scales",
+    "snapshot_every_images",
+)  # fmt: skip
 RESULTS: Final = "results.json"
 PICTURES: Final = "pictures"  # folder of the grids through training
 
@@ -79,6 +86,7 @@ class Piece(NamedTuple):
     slots: range  # places of the labels among those of the step
     labels: Tensor  # [l]
     alpha: Tensor  # [l]
+    weight: Tensor  # of unconditional samples (A.7)  [l, M]
     real: Tensor  # visits [l, P + M]: positives, then unconditional samples
 
 
@@ -95,7 +103,6 @@ class Training:
     def __init__(self, config: TrainConfig, real: RealSamples, encoder: Encoder | None, device: torch.device) -> None:
         self.config, self.real, self.encoder, self.device = config, real, encoder, device
         self.step_number = 0
-        self.rejected_steps = 0  # in a row
         channels, image_size, _ = real.sample_shape
         num_classes = len(real.class_names)
         self.generator = build_generator(config, channels=channels, image_size=image_size, num_classes=num_classes).to(
@@ -109,15 +116,16 @@ class Training:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.ema = EMA(self.generator, decays=config.ema_decays, warmup=True)
+        self.ema = EMA(self.generator, decays=config.ema_decays, warmup=config.ema_warmup)
+        self.update = Update(self.generator, self.optimizer, self.ema, clip_norm=config.clip_norm)
         self.loss = DriftingLoss(**to_plain(config.loss))
         self.queue = SampleQueue(num_classes, config.queue.per_class)  # of visits of `real`
         self.unconditional_queue = SampleQueue(1, config.queue.unconditional)
         self._epochs = Epochs(len(real), seed=config.seed)
         self._fill_queues()
         self._step_end, self._flops_per_step = time.monotonic(), self._count_flops()
-        self._generate = torch.compile(self.generator) if config.compile else self.generator
-        self._encode = torch.compile(self._encode_eagerly) if config.compile else self._encode_eagerly
+        self._generate = torch.compile(self.generator, dynamic=False) if config.compile else self.generator
+        self._encode = torch.compile(self._encode_eagerly, dynamic=False) if config.compile else self._encode_eagerly
         self.real_features = RealFeatures(
             real, self._encode, device, seed=config.seed, memory_mib=config.real_features_mib
         )
@@ -149,7 +157,8 @@ class Training:
             output = sum_over_features(self.loss, *batch, statistics=statistics)  # 6. the loss in every feature
             (output.loss.sum() / len(labels)).backward()
             outputs.append(DriftingOutput(*(part.detach() for part in output)))
-        gradient_norm = self._update()  # 7. AdamW and the averages of the weights
+        gradient_norm = self.update(self._learning_rate())  # 7. AdamW and the averages of the weights
+        self.step_number += 1
         return self._values(outputs, list(batch.x), gradient_norm)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -164,12 +173,12 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Everything else it needs; randomness is a function of (seed, step, slot) and has no state."""
-        return {"rejected_steps": self.rejected_steps, "optimizer": optimizer_state(self.optimizer).state}
+        return {"rejected_steps": self.update.rejected, "optimizer": optimizer_state(self.optimizer).state}
 
     def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Take over a checkpoint's `tensors` and `state`."""
         self.step_number = step
-        self.rejected_steps = state["rejected_steps"]
+        self.update.rejected = state["rejected_steps"]
         self.generator.load_state_dict(tensors["model"])
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
@@ -206,12 +215,18 @@ class Training:
         )
         return positives, unconditional  # [L, P], [L, M]
 
+    def _slots(self) -> list[range]:
+        """Places, among the labels of a step, of those this process computes, in pieces that fit into its memory."""
+        slots = range(self.config.labels_per_step)
+        slots = slots[share(len(slots))]
+        size = self.config.labels_at_once or len(slots)
+        return [slots[start : start + size] for start in range(0, len(slots), size)]
+
     def _pieces(self, labels: Tensor, alpha: Tensor, real: Tensor) -> list[Piece]:
         """What this process computes, in pieces that fit into its memory."""
-        slots = range(len(labels))[share(len(labels))]
-        size = self.config.labels_at_once or len(slots)
-        pieces = [slots[start : start + size] for start in range(0, len(slots), size)]
-        return [Piece(piece, *(part[piece.start : piece.stop] for part in (labels, alpha, real))) for piece in pieces]
+        # Onto the device once, not piece by piece: it would be waited for each time.
+        parts = (labels.to(self.device), alpha.to(self.device), self._unconditional_weight(alpha), real)
+        return [Piece(slots, *(part[slots.start : slots.stop] for part in parts)) for slots in self._slots()]
 
     def _batch_statistics(self, pieces: list[Piece]) -> Mapping[str, DriftStatistics] | None:
         """Scale and drift norms of the whole batch where it is computed in pieces: two passes without gradient."""
@@ -222,17 +237,15 @@ class Training:
 
     def _features(self, pieces: list[Piece]) -> Iterator[FeatureBatch]:
         """Piece by piece, features of generated images, and of real samples without gradient, by label."""
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            if following is not None:
-                self.real_features.prefetch(following.real)
+        reals = self.real_features([piece.real for piece in pieces])  # [l, locations, P + M, channels] by name
+        for piece, real in zip(pieces, reals, strict=True):
             x = self._draw_generated(piece)  # [l·N, C, H, W]
-            real = self.real_features(piece.real)  # [l, locations, P + M, channels] by name
             num_positives = self.config.positives_per_label
             yield FeatureBatch(
                 group_by_label(self._encode(x), len(piece.labels)),
                 {name: feature[..., :num_positives, :] for name, feature in real.items()},
                 {name: feature[..., num_positives:, :] for name, feature in real.items()},
-                self._unconditional_weight(piece.alpha),
+                piece.weight,
             )
 
     def _draw_generated(self, piece: Piece) -> Tensor:
@@ -243,8 +256,8 @@ class Training:
             noise, style = draw_inputs(self.generator, draws, count)
             images = self._generate(
                 noise,
-                piece.labels.repeat_interleave(count).to(self.device),
-                piece.alpha.repeat_interleave(count).to(self.device),
+                piece.labels.repeat_interleave(count),
+                piece.alpha.repeat_interleave(count),
                 style,
             )  # [l·N, C, H, W]
         return images.float()
@@ -262,37 +275,22 @@ class Training:
         weight = weight_of_unconditional(alpha, self.config.generated_per_label, count)  # A.7  [L]
         return weight[:, None].expand(-1, count).to(self.device)
 
-    def _update(self) -> float:
-        """Norm of the gradient; the step is taken unless it is not finite, which changes nothing in any process."""
+    def _learning_rate(self) -> float:
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = warmup_constant(
-                self.images_seen,
-                peak=config.learning_rate,
-                warmup_samples=config.warmup_images,
-                total_samples=config.images,
-                cooldown_fraction=config.cooldown_fraction,
-            )
-        sum_gradients(self.generator.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip_norm).item()
-        applied = norm < float("inf")  # False for NaN too
-        if applied:
-            self.optimizer.step()
-            self.ema.update()
-        self.step_number += 1
-        self.rejected_steps = 0 if applied else self.rejected_steps + 1
-        if self.rejected_steps >= MAX_REJECTED_STEPS:
-            raise UserError(
-                f"{MAX_REJECTED_STEPS} steps in a row had a gradient that is not finite, the last at step "
-                f"{self.step_number}: nothing was changed since; try a lower learning_rate"
-            )
-        return norm
+        return warmup_constant(
+            self.images_seen,
+            peak=config.learning_rate,
+            warmup_samples=config.warmup_images,
+            total_samples=config.images,
+            cooldown_fraction=config.cooldown_fraction,
+        )
 
     @torch.no_grad()
     def _count_flops(self) -> int:
         """Floating-point operations of a step of all processes, but for the loss.
 
-        A backward pass costs twice the forward pass in the generator, and as much again in the frozen encoder.
+        A backward pass costs twice the forward pass in the generator, and as much again in the frozen encoder; the
+        statistics of a batch in pieces cost two more forward passes.
         """
         config, zero = self.config, torch.zeros(1, dtype=torch.int64, device=self.device)
         noise = torch.zeros(1, *self.real.sample_shape, device=self.device)
@@ -305,6 +303,8 @@ class Training:
         generate, encode = counts
         real = config.positives_per_label + config.unconditional_per_label
         label = config.generated_per_label * (3 * generate + 2 * encode) + real * encode
+        if config.statistics == "batch" and len(self._slots()) > 1:
+            label += 2 * (config.generated_per_label * (generate + encode) + real * encode)
         return config.labels_per_step * label
 
     def _values(self, outputs: list[DriftingOutput], names: list[str], gradient_norm: float) -> dict[str, Any]:
@@ -324,8 +324,8 @@ class Training:
             },
             "gradient_norm": gradient_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "rejected_steps": self.rejected_steps,
-            "degenerate_features": torch.stack([output.degenerate for output in outputs]).sum(),
+            "rejected_steps": self.update.rejected,
+            "degenerate_features": torch.stack([output.degenerate for output in outputs]).any(0).sum(),
             "images_per_s": self.samples_per_step / seconds,
             "teraflops": self._flops_per_step / seconds / 1e12,  # of all processes, but for the loss
         }
@@ -386,11 +386,10 @@ def run(
             ],
             writers=config.writers,
         )
-    except ValueError as error:  # a tensor that is not finite, named
+    except NotFiniteError as error:
         raise UserError(f"step {training.step_number}: {error}") from error
     trained_s = time.monotonic() - train_start
     if is_main():
-        save_animation(sorted((folder / PICTURES).glob("*.png")), folder / "training.gif")
         for decay in config.ema_decays[1:]:
             with training.ema.swapped(decay):
                 training.generator.save_pretrained(folder / f"{MODEL}-{decay}")
@@ -405,8 +404,15 @@ def run(
             "this_start_s": round(time.monotonic() - start, 1),
             **judged,
         }
+        save_animation(_some(sorted((folder / PICTURES).glob("*.png"))), folder / "training.gif")
         write_json(folder / RESULTS, results)
     barrier()
+
+
+def _some(frames: list[Path]) -> list[Path]:
+    """At most MAX_FRAMES of them, evenly spread, the last one among them."""
+    every = -(-len(frames) // MAX_FRAMES)
+    return frames[::-1][::every][::-1]
 
 
 def _about_queue(config: TrainConfig, num_classes: int) -> str:
@@ -428,7 +434,15 @@ def build_encoder(
         except (FileNotFoundError, ValueError) as error:
             raise UserError(str(error)) from error
     if config.encoder.features:
-        return trained_mae(config.encoder, real, device, stop, tokenizer=tokenizer, bfloat16=config.bfloat16)
+        return trained_mae(
+            config.encoder,
+            real,
+            device,
+            stop,
+            tokenizer=tokenizer,
+            bfloat16=config.bfloat16,
+            compile=config.compile,
+        )
     return None
 
 
@@ -489,15 +503,19 @@ def main(config: TrainConfig) -> int:
         real = load_real(config.data, tokenizer)
         require_per_class(real, config.positives_per_label, purpose="the positives of a step")
         require_equal(config=to_yaml(config), data=real.fingerprint)
-        with RunFolder(config.run_dir, config, may_change=("run_dir",)) if is_main() else nullcontext():
+        share(config.labels_per_step)  # refused here rather than in the first step
+        may_change = (*MAY_CHANGE, *(["labels_at_once"] if config.statistics == "batch" else []))
+        with RunFolder(config.run_dir, config, may_change=may_change) if is_main() else nullcontext():
             results = config.run_dir / RESULTS
             if results.exists():
-                print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
+                if is_main():
+                    print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
                 return 0
             try:
                 run(config, real, tokenizer, device, stop)
             except Stopped:
-                print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
+                if is_main():
+                    print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
                 return stop.exit_code
         if is_main():
             names = (config.run_dir / name for name in ("samples.png", "training.gif", RESULTS))

@@ -19,6 +19,7 @@ from driftfield.training import (
     RunFolder,
     Stopped,
     StopRequest,
+    Update,
     barrier,
     generator,
     is_main,
@@ -30,7 +31,6 @@ from driftfield.training import (
     run_loop,
     run_program,
     share,
-    sum_gradients,
     to_plain,
     to_yaml,
     warmup_constant,
@@ -40,12 +40,11 @@ from vision.data import Epochs, RealSamples
 from vision.device import choose_device
 from vision.mae import MAELoss, ResNetMAE
 from vision.pictures import save_grid
-from vision.real import load_real, load_tokenizer
+from vision.real import Reader, load_real, load_tokenizer
 from vision.tokenizer import Tokenizer
 
 BETAS: Final = (0.9, 0.95)
 WEIGHTS: Final = "model"  # folder of the finished encoder inside its run folder
-CHECKPOINTS_PER_RUN: Final = 10
 
 
 def trained_mae(
@@ -56,6 +55,7 @@ def trained_mae(
     *,
     tokenizer: Tokenizer | None = None,
     bfloat16: bool = False,
+    compile: bool = False,
 ) -> ResNetMAE:
     """The masked autoencoder of `config`, frozen; trained first if its folder holds no finished one.
 
@@ -66,19 +66,27 @@ def trained_mae(
         stop: looked at between two steps.
         tokenizer: for an encoder of latents: makes them, if the samples are images, and shows them.
         bfloat16: activations in bfloat16.
+        compile: compile the model.
 
     Raises:
         Stopped: a stop was requested; a checkpoint is written and the same call goes on from there.
         RunFolderError: the folder holds an encoder trained otherwise.
     """
     identity = {"encoder": to_plain(config), "data": real.fingerprint}
-    may_change = ("encoder.run_dir", "encoder.microbatch")
+    may_change = (
+        "encoder.run_dir",
+        "encoder.microbatch",
+        "encoder.log_every_images",
+        "encoder.checkpoint_every_images",
+    )
     weights = config.run_dir / WEIGHTS
     if (weights / "config.json").exists():  # finished: any number of runs may read it
         is_same_run(config.run_dir, identity, may_change)
     else:
         with RunFolder(config.run_dir, identity, may_change=may_change) if is_main() else nullcontext():
-            _train(MAETraining(config, real, device, tokenizer=tokenizer, bfloat16=bfloat16), stop, config.run_dir)
+            share(config.batch_size)  # refused here rather than in the first step
+            training = MAETraining(config, real, device, tokenizer=tokenizer, bfloat16=bfloat16, compile=compile)
+            _train(training, stop, config.run_dir)
     return ResNetMAE.from_pretrained(weights).to(device).requires_grad_(False)
 
 
@@ -91,6 +99,7 @@ class MAETraining:
         device: where to compute.
         tokenizer: for an encoder of latents: makes them, if the samples are images, and shows them.
         bfloat16: activations in bfloat16.
+        compile: compile the model.
     """
 
     def __init__(
@@ -101,6 +110,7 @@ class MAETraining:
         *,
         tokenizer: Tokenizer | None = None,
         bfloat16: bool = False,
+        compile: bool = False,
     ) -> None:
         self.config, self.real, self.device, self.tokenizer, self.bfloat16 = config, real, device, tokenizer, bfloat16
         self.step_number = 0
@@ -121,7 +131,10 @@ class MAETraining:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.ema = EMA(self.model, decays=(config.ema_decay,), warmup=True)
+        self.ema = EMA(self.model, decays=(config.ema_decay,), warmup=config.ema_warmup)
+        self.update = Update(self.model, self.optimizer, self.ema, clip_norm=config.clip_norm)
+        self._read = Reader(real, config.seed, device)
+        self._model_loss = torch.compile(self.model.loss, dynamic=False) if compile else self.model.loss
         self._epochs = Epochs(len(real), seed=config.seed)
 
     @property
@@ -137,25 +150,16 @@ class MAETraining:
     def step(self) -> dict[str, float | Tensor]:
         """One step on masked images; the learning rate, masks and images are functions of the step alone."""
         weight = self._classification_weight()
-        for group in self.optimizer.param_groups:
-            group["lr"] = warmup_constant(
-                self.step_number * self.samples_per_step,
-                peak=self.config.learning_rate,
-                warmup_samples=self.config.warmup_images,
-                total_samples=self.samples,
-                cooldown_fraction=self.config.cooldown_fraction,
-            )
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(3, device=self.device)  # loss, reconstruction, correct
-        for slots in self._microbatches():
-            losses = self._loss(slots, weight)
+        batches = list(self._microbatches())
+        visits = [self._epochs(self.step_number * self.samples_per_step + slots.start, len(slots)) for slots in batches]
+        for slots, seen, samples in zip(batches, visits, self._read(visits), strict=True):
+            losses = self._loss(slots, seen, self._to_latents(samples, seen), weight)
             (losses.loss.sum() / self.samples_per_step).backward()
             correct = losses.correct if losses.correct is not None else losses.loss.new_zeros(len(slots))
             total += torch.stack([losses.loss.sum(), losses.reconstruction.sum(), correct.sum()]).detach()
-        sum_gradients(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.ema.update()
+        norm = self.update(self._learning_rate())
         self.step_number += 1
         mean = sum_over_processes(total) / self.samples_per_step
         values: dict[str, float | Tensor] = {"loss": mean[0], "reconstruction": mean[1], "gradient_norm": norm}
@@ -171,18 +175,22 @@ class MAETraining:
 
     def state(self) -> dict[str, Any]:
         """Everything else it needs."""
-        return {"optimizer": optimizer_state(self.optimizer).state}
+        return {"rejected_steps": self.update.rejected, "optimizer": optimizer_state(self.optimizer).state}
 
     def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Take over a checkpoint's `tensors` and `state`."""
         self.step_number = step
+        self.update.rejected = state["rejected_steps"]
         self.model.load_state_dict(tensors["model"])
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
 
     def read(self, visits: Tensor) -> Tensor:
         """What the encoder sees of visits `[k]`, `[k, C, H, W]` on the device."""
-        images = self.real.read(visits, seed=self.config.seed).to(self.device, non_blocking=True)
+        (samples,) = self._read([visits])
+        return self._to_latents(samples, visits)
+
+    def _to_latents(self, images: Tensor, visits: Tensor) -> Tensor:
         if self.tokenizer is None or images.shape[1] == self.tokenizer.channels:
             return images
         with torch.no_grad():
@@ -191,6 +199,15 @@ class MAETraining:
         noise = [torch.randn(shape, generator=generator(self.config.seed, "posterior", int(v))) for v in visits]
         return self.tokenizer.to_latents(mean, std, torch.stack(noise).to(self.device))
 
+    def _learning_rate(self) -> float:
+        return warmup_constant(
+            self.step_number * self.samples_per_step,
+            peak=self.config.learning_rate,
+            warmup_samples=self.config.warmup_images,
+            total_samples=self.samples,
+            cooldown_fraction=self.config.cooldown_fraction,
+        )
+
     def _microbatches(self) -> Iterator[range]:
         """This process's slots of the batch, in pieces that fit."""
         slots = range(self.samples_per_step)[share(self.samples_per_step)]
@@ -198,15 +215,13 @@ class MAETraining:
         for start in range(0, len(slots), size):
             yield slots[start : start + size]
 
-    def _loss(self, slots: range, classification_weight: float) -> MAELoss:
-        visits = self._epochs(self.step_number * self.samples_per_step + slots.start, len(slots))
-        batch = self.read(visits)
+    def _loss(self, slots: range, visits: Tensor, batch: Tensor, classification_weight: float) -> MAELoss:
         draws = [generator(self.config.seed, "mask", self.step_number, slot) for slot in slots]
         one = batch.new_empty(1, *batch.shape[1:], device="cpu")  # only its shape is used
         mask = torch.cat([self.model.draw_mask(one, ratio=self.config.mask_ratio, generator=draw) for draw in draws])
         labels = self.real.labels[visits % len(self.real)].to(self.device) if classification_weight else None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            return self.model.loss(batch, mask.to(self.device), labels, classification_weight=classification_weight)
+            return self._model_loss(batch, mask.to(self.device), labels, classification_weight=classification_weight)
 
     def _classification_weight(self) -> float:
         """A.3: 0, and over the last images a share of cross entropy that rises from 0."""
@@ -229,7 +244,7 @@ def _train(training: MAETraining, stop: StopRequest, folder: Path) -> None:
         stop,
         name="mae",
         samples=training.samples,
-        checkpoint_every=-(-training.samples // CHECKPOINTS_PER_RUN),
+        checkpoint_every=config.checkpoint_every_images,
         log_every=config.log_every_images,
         shown=("reconstruction",),
     )
@@ -260,7 +275,15 @@ def main(config: TrainConfig) -> int:
         real = load_real(config.data, tokenizer)
         require_equal(config=to_yaml(config), data=real.fingerprint)
         try:
-            trained_mae(config.encoder, real, device, stop, tokenizer=tokenizer, bfloat16=config.bfloat16)
+            trained_mae(
+                config.encoder,
+                real,
+                device,
+                stop,
+                tokenizer=tokenizer,
+                bfloat16=config.bfloat16,
+                compile=config.compile,
+            )
         except Stopped:
             return stop.exit_code
         if is_main():

@@ -26,9 +26,11 @@ from driftfield.training.runlog import RunLog, read_log
 from driftfield.training.schedule import warmup_constant
 from driftfield.training.schema import ConfigError, from_plain, option, to_plain
 from driftfield.training.seeding import derive_seed, generator, seed_everything
+from driftfield.training.update import MAX_REJECTED_STEPS, Update
 
 __all__ = [
     "CHECKPOINTS",
+    "MAX_REJECTED_STEPS",
     "EMA",
     "Action",
     "Checkpoint",
@@ -43,6 +45,7 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "Trainable",
+    "Update",
     "UserError",
     "any_process",
     "barrier",

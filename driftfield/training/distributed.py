@@ -6,9 +6,12 @@ waiting.
 
 import hashlib
 import os
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,8 @@ TIMEOUT_S = 600.0  # of a collective: far above a step, far below the 30 minutes
 @contextmanager
 def process_group(device: torch.device, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
     """Join the group of processes that torchrun started; alone, do nothing.
+
+    An error in one of several processes ends it at once, so that torchrun ends the others.
 
     Args:
         device: where this process computes: NCCL between GPUs, gloo otherwise.
@@ -38,8 +43,20 @@ def process_group(device: torch.device, *, timeout_s: float = TIMEOUT_S) -> Iter
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        _leave(error)
+    dist.destroy_process_group()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Say what happened and leave at once: the others wait in a collective, and so would an orderly end."""
+    if isinstance(error, UserError):
+        print(f"error: process {dist.get_rank()}: {error}", file=sys.stderr)
+    elif not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def rank() -> int:

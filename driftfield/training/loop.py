@@ -92,13 +92,15 @@ def run_loop(
     barrier()
     loaded = read_checkpoint(folder / CHECKPOINTS)
     require_equal(**{"step to resume from": str(loaded and loaded.step)})
+    resumed = loaded is not None
     if loaded is not None:
         training.restore(*loaded)
+        loaded = None  # as large as the training itself
     done = training.step_number * training.samples_per_step
     if checkpoint is None:
         _steps(training, stop, name, samples)
         return
-    if loaded is not None:
+    if resumed:
         print(f"resuming at {done} {unit}")
     log = RunLog(folder, resume_step=training.step_number, writers=writers)
     with log, Progress(samples, initial=done, unit=unit) as progress:

@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from driftfield.training import UserError, load_config, read_checkpoint, read_log, run_program
+from driftfield.training import (
+    MAX_REJECTED_STEPS,
+    Update,
+    UserError,
+    load_config,
+    read_checkpoint,
+    read_log,
+    run_program,
+)
 from vision import evaluate, train
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import load
@@ -190,15 +198,15 @@ def test_gradient_that_is_not_finite_changes_nothing(training: Training) -> None
         group: {name: tensor.clone() for name, tensor in named.items()} for group, named in training.tensors().items()
     }
     parameter = next(iter(training.generator.parameters()))
-    for rejected in range(1, train.MAX_REJECTED_STEPS):
+    for rejected in range(1, MAX_REJECTED_STEPS):
         training.optimizer.zero_grad()
         (parameter * float("nan")).sum().backward()
-        training._update()
-        assert training.rejected_steps == rejected
+        training.update(1e-3)
+        assert training.update.rejected == rejected
     assert_equal_bits(training.tensors(), before)
     (parameter * float("nan")).sum().backward()
-    with pytest.raises(UserError, match="10 steps in a row had a gradient that is not finite, the last at step 11"):
-        training._update()
+    with pytest.raises(UserError, match="10 steps in a row had a gradient that is not finite"):
+        training.update(1e-3)
 
 
 def pieces_of(training: Training, at_once: int | None) -> list[train.Piece]:
@@ -227,7 +235,7 @@ def test_blocks_computed_again_on_the_way_back_change_nothing(training: Training
 def gradient(training: Training, at_once: int | None, statistics: Literal["batch", "piece"]) -> Tensor:
     """Gradient of the first step; the training stays as it was."""
     training.config.labels_at_once, training.config.statistics = at_once, statistics
-    training.config.clip_norm = 1e9
+    training.update = Update(training.generator, training.optimizer, training.ema, clip_norm=1e9)
     state = training.state()
     tensors = {group: {name: t.clone() for name, t in named.items()} for group, named in training.tensors().items()}
     training.step()
