@@ -9,7 +9,7 @@ from torch import Tensor
 
 from driftfield.training import UserError
 from vision.config import DataConfig
-from vision.data import RealSamples, load, to_float
+from vision.data import ImageSet, RealSamples, load, to_float
 from vision.imagenet import ImageFolder
 from vision.latents import LatentStore
 from vision.tokenizer import Tokenizer
@@ -73,13 +73,21 @@ class Reader:
 
     def __call__(self, visits: Sequence[Tensor]) -> Iterator[Tensor]:
         """Samples `[k, C, H, W]` of each tensor of visits `[k]`, float32 on the device."""
-        ahead = self._thread.submit(self._read, visits[0])
-        for following in [*visits[1:], None]:
-            samples = ahead.result()
-            if following is not None:
-                ahead = self._thread.submit(self._read, following)
+        for samples in self._read_ahead(visits):
             samples = samples.to(self._device, non_blocking=True)
             yield to_float(samples) if samples.dtype == torch.uint8 else samples
+
+    def _read_ahead(self, visits: Sequence[Tensor]) -> Iterator[Tensor]:
+        if isinstance(self._real, ImageSet):
+            # Nothing to wait for. And where a second thread uses OpenMP, GNU's no longer lets idle threads spin, since
+            # there are then more of them than cores: small operations take twice as long.
+            yield from map(self._read, visits)
+            return
+        ahead = self._thread.submit(self._read, visits[0])
+        for following in visits[1:]:
+            samples, ahead = ahead.result(), self._thread.submit(self._read, following)
+            yield samples
+        yield ahead.result()
 
     def _read(self, visits: Tensor) -> Tensor:
         """In memory from which a GPU copies by itself; images as bytes."""

@@ -1,4 +1,4 @@
-"""One of several processes for test_loop.py, started by torchrun: FOLDER [stop | kill]."""
+"""One of several processes for test_loop.py, started by torchrun: FOLDER [stop | kill | error]."""
 
 import json
 import os
@@ -36,6 +36,8 @@ class Counting:
         self.total += self.step_number
         if self.fault == "stop" and self.step_number == 3 and rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.fault == "error" and self.step_number == 3 and rank() == 1:
+            raise UserError("file 7 is damaged")
         if self.fault == "kill" and self.step_number == 6 and rank() == 0:
             os.environ["DRIFTFIELD_FAULT"] = "checkpoint.before_rename:exit"
         return {"loss": self.total[0]}

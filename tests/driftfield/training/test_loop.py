@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,14 @@ def test_a_killed_process_ends_all_and_leaves_the_older_checkpoint(tmp_path: Pat
     loaded = read_checkpoint(tmp_path / "checkpoints")
     assert loaded is not None and loaded.step == 8 and loaded.tensors["model"]["total"].item() == 36
     assert not list(tmp_path.glob("checkpoints/.tmp*"))
+
+
+def test_an_error_in_one_process_is_told_and_ends_all_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ended = torchrun(tmp_path, 2, "error")
+    assert ended.returncode != 0 and "error: process 1: file 7 is damaged" in ended.stderr
+    assert time.monotonic() - start < 60  # far below the 10 minutes after which a collective gives up
+    assert not list(tmp_path.glob("report-*.json"))
 
 
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
