@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ SQUARED_DRIFT_NORM_FLOOR = 1e-8  # the release's lower bound of λ²
 CALLER_OF_MODULE = 5  # frames from a warning in a helper of forward to who called the nn.Module
 
 Recipe = Literal["official", "paper"]
+T = TypeVar("T")
 
 
 class DriftingOutput(NamedTuple):
@@ -191,7 +192,7 @@ class DriftingLoss(nn.Module):
         >>> torch.allclose(exact, loss_fn(x, real).loss)
         True
         """
-        return feature_statistics(self, _Named(microbatches))[""]
+        return _statistics(self, microbatches, lambda part: [("", DriftingBatch(*part))])[""]
 
     @torch.no_grad()
     def _scale_sums(self, batch: DriftingBatch) -> Tensor:
@@ -322,36 +323,32 @@ def feature_statistics(loss_fn: DriftingLoss, microbatches: Iterable[FeatureBatc
     >>> torch.allclose(statistics["pixels"].drift_norm, sum_over_features(loss_fn, x, x).drift_norm)
     True
     """
-    scale_sums = _add_up(microbatches, lambda name, batch: loss_fn._scale_sums(batch))
+    return _statistics(loss_fn, microbatches, _by_feature)
+
+
+def _statistics(
+    loss_fn: DriftingLoss, microbatches: Iterable[T], by_feature: Callable[[T], Iterable[tuple[str, DriftingBatch]]]
+) -> dict[str, DriftStatistics]:
+    """Two passes over the microbatches, since the drift is that of normalised features."""
+
+    def add_up(sums_of: Callable[[str, DriftingBatch], Tensor]) -> dict[str, Tensor]:
+        totals: dict[str, Tensor] = {}
+        for part in microbatches:
+            for name, batch in by_feature(part):
+                with _naming(name):
+                    sums = sums_of(name, batch)
+                totals[name] = totals[name] + sums if name in totals else sums
+        if not totals:
+            raise ValueError("microbatches is empty, expected one or more pieces, to be gone through twice")
+        return totals
+
+    scale_sums = add_up(lambda _, batch: loss_fn._scale_sums(batch))
     scales = {name: _scale_and_degenerate(sums) for name, sums in scale_sums.items()}
-    sums = _add_up(microbatches, lambda name, batch: loss_fn._force_sums(batch, scales[name][0]))
+    sums = add_up(lambda name, batch: loss_fn._force_sums(batch, scales[name][0]))
     return {
         name: DriftStatistics(scale, _drift_norm(sums[name]), degenerate)
         for name, (scale, degenerate) in scales.items()
     }
-
-
-def _add_up(microbatches: Iterable[FeatureBatch], sums_of: Callable[[str, DriftingBatch], Tensor]) -> dict[str, Tensor]:
-    totals: dict[str, Tensor] = {}
-    for part in microbatches:
-        for name, batch in _by_feature(part):
-            with _naming(name):
-                sums = sums_of(name, batch)
-            totals[name] = totals[name] + sums if name in totals else sums
-    if not totals:
-        raise ValueError("microbatches is empty, expected one or more pieces, to be gone through twice")
-    return totals
-
-
-class _Named:
-    """Pieces of a batch of one feature, as those of features of which there is one."""
-
-    def __init__(self, microbatches: Iterable[DriftingBatch]) -> None:
-        self._microbatches = microbatches
-
-    def __iter__(self) -> Iterator[FeatureBatch]:
-        for x, positives, unconditional, weight in (DriftingBatch(*part) for part in self._microbatches):
-            yield FeatureBatch({"": x}, {"": positives}, None if unconditional is None else {"": unconditional}, weight)
 
 
 def _by_feature(batch: FeatureBatch) -> Iterator[tuple[str, DriftingBatch]]:
@@ -366,7 +363,7 @@ def _by_feature(batch: FeatureBatch) -> Iterator[tuple[str, DriftingBatch]]:
         weight = unconditional_weight
         with _naming(name):
             check_points(x=feature)
-            if name and feature.ndim < 3:
+            if feature.ndim < 3:
                 raise ValueError(f"x must be [B, ..., N, D], got {list(feature.shape)}")
         if isinstance(weight, Tensor) and weight.ndim == 2 and feature.ndim > 3:
             weight = weight.reshape(weight.shape[0], *[1] * (feature.ndim - 3), weight.shape[1])  # [B, ..., M]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from driftfield.training.errors import UserError
-from driftfield.training.seeding import generator
+from vision.visits import image_ids
 
 DatasetName = Literal["digits", "fashion_mnist"]
 Split = Literal["train", "test"]
@@ -69,35 +69,6 @@ class RealSamples(Protocol):
     def read(self, visits: Tensor, *, seed: int) -> Tensor:
         """Samples of visits `[k]`, float32 `[k, C, H, W]` on the CPU."""
         ...
-
-
-class Epochs:
-    """The endless sequence of visits: every epoch each sample once, in an order of its own.
-
-    Args:
-        num: samples of an epoch.
-        seed: of the orders.
-
-    >>> epochs = Epochs(5, seed=0)
-    >>> sorted(epochs(0, 5).tolist()), sorted(epochs(5, 5).tolist())
-    ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
-    """
-
-    def __init__(self, num: int, *, seed: int) -> None:
-        self._num, self._seed = num, seed
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch last asked for, and its order
-
-    def __call__(self, start: int, count: int) -> Tensor:
-        """Visits `start` to `start + count` of the sequence, `[count]` int64."""
-        parts = []
-        while count:
-            epoch, offset = divmod(start, self._num)
-            if self._order[0] != epoch:
-                self._order = (epoch, torch.randperm(self._num, generator=generator(self._seed, "order", epoch)))
-            part = self._order[1][offset : offset + count]
-            parts.append(epoch * self._num + part)
-            start, count = start + len(part), count - len(part)
-        return torch.cat(parts)
 
 
 class DataError(UserError, ValueError):
@@ -181,7 +152,7 @@ class ImageSet:
 
     def read(self, visits: Tensor, *, seed: int = 0) -> Tensor:
         """Images of visits `[k]`, float32 in [-1, 1] `[k, C, H, W]`; the same at every visit, whatever the seed."""
-        return to_float(self.images[visits % len(self)])
+        return to_float(self.images[image_ids(visits, len(self))])
 
     def counts(self) -> Tensor:
         """Number of images of each class, `[classes]`."""

@@ -23,6 +23,7 @@ from vision.metrics import EvaluationResult, evaluate_features
 from vision.sample import sample
 
 MODEL: Final = "model"  # folder of the finished generator inside its run folder
+SNAPSHOTS: Final = "snapshots"  # folder inside a run: models through training, named by generated images seen
 
 
 @dataclass(kw_only=True)

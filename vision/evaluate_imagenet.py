@@ -23,6 +23,7 @@ from driftfield.training.distributed import any_process, barrier, is_main, proce
 from vision.config import CONFIG_DIR, Device
 from vision.device import choose_device
 from vision.encoders import fingerprint
+from vision.evaluate import SNAPSHOTS
 from vision.fid import (
     FULL_COUNT,
     PROTOCOLS,
@@ -43,7 +44,6 @@ from vision.real import load_tokenizer
 from vision.tokenizer import Tokenizer
 
 RESULTS: Final = "evaluation.json"
-SNAPSHOTS: Final = "snapshots"  # folder inside a run: models through training, named by generated images seen
 PIXELS: Final = "floor(255 clip((x + 1) / 2, 0, 1))"  # how an image in [-1, 1] becomes bytes, in both protocols
 REFERENCE_IMAGES: Final = 10_000  # of precision and recall
 TIMEOUT_S: Final = 3600.0  # the processes wait for one to join the parts of an npz

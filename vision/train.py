@@ -52,11 +52,10 @@ from driftfield.training import (
 )
 from driftfield.training.atomic_file import write_json
 from vision.config import CONFIG_DIR, TrainConfig
-from vision.data import Epochs, ImageSet, RealSamples, load, require_per_class
+from vision.data import RealSamples, require_per_class
 from vision.device import choose_device
 from vision.encoders import load_encoder
-from vision.evaluate import MODEL, Judgement, table
-from vision.evaluate_imagenet import SNAPSHOTS
+from vision.evaluate import MODEL, SNAPSHOTS, Judgement, judged_splits, table
 from vision.features import Encoder, family_of, group_by_label, image_features
 from vision.generator import ImageGenerator
 from vision.pictures import save_animation, save_grid
@@ -65,6 +64,7 @@ from vision.real_features import RealFeatures
 from vision.sample import draw_inputs, sample
 from vision.tokenizer import Tokenizer
 from vision.train_mae import trained_mae
+from vision.visits import Epochs, image_ids
 
 BETAS: Final = (0.9, 0.95)  # A.9
 PICTURE_ROWS: Final = 10  # images of each class in the pictures of training
@@ -173,10 +173,23 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Everything else it needs; randomness is a function of (seed, step, slot) and has no state."""
-        return {"rejected_steps": self.update.rejected, "optimizer": optimizer_state(self.optimizer).state}
+        return {
+            "data": self.real.fingerprint,
+            "rejected_steps": self.update.rejected,
+            "optimizer": optimizer_state(self.optimizer).state,
+        }
 
     def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Take over a checkpoint's `tensors` and `state`."""
+        """Take over a checkpoint's `tensors` and `state`.
+
+        Raises:
+            UserError: they are of a training on other real samples.
+        """
+        if state["data"] != self.real.fingerprint:
+            raise UserError(
+                f"data: expected the real samples that this run began with, fingerprint {state['data']}, "
+                f"found {self.real.fingerprint}; choose run_dir=OTHER for other data"
+            )
         self.step_number = step
         self.update.rejected = state["rejected_steps"]
         self.generator.load_state_dict(tensors["model"])
@@ -198,7 +211,7 @@ class Training:
         return self._push(self._epochs(self.step_number * count, count))[: self.config.labels_per_step]
 
     def _push(self, visits: Tensor) -> Tensor:
-        labels = self.real.labels[visits % len(self.real)]
+        labels = self.real.labels[image_ids(visits, len(self.real))]
         self.queue.push(visits, labels)
         self.unconditional_queue.push(visits, torch.zeros_like(labels))
         return labels
@@ -448,13 +461,11 @@ def build_encoder(
 
 def judge(config: TrainConfig, training: Training) -> dict[str, Any]:
     """What a classifier that training never saw says of one-step samples, for data that have one."""
-    real = training.real
-    if not isinstance(real, ImageSet) or config.data.name == "imagenet" or config.data.name == "latents":
+    if config.data.name in ("imagenet", "latents"):
         print("judge the model by python -m vision.evaluate_imagenet")
         return {}
-    held_out = load(config.data.name, "test", data_dir=config.data.folder, download=config.data.download)
     scale = config.evaluate_guidance_scale
-    judgement = Judgement(config.judge, real, held_out, training.device)
+    judgement = Judgement(config.judge, *judged_splits(config), training.device)
     evaluation = judgement.evaluate(training.generator, num=config.evaluate_images, guidance_scale=scale)
     print(f"{config.evaluate_images} one-step samples, in the features of {evaluation.feature_space}")
     print(table({scale: evaluation}))
@@ -484,7 +495,6 @@ class Pictures:
                     training.generator,
                     classes.repeat(PICTURE_ROWS),
                     guidance_scale=alpha,
-                    batch_size=len(classes),
                     tokenizer=self.tokenizer,
                 )
             first = alpha == training.config.evaluate_guidance_scale

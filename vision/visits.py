@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from driftfield.training import generator
+
 
 def image_ids(visits: Tensor, count: int) -> Tensor:
     """The image that each visit looks at: visit = epoch * count + id.
@@ -25,3 +27,32 @@ def image_ids(visits: Tensor, count: int) -> Tensor:
     if len(visits) and int(visits.min()) < 0:
         raise ValueError(f"visits: expected numbers from 0 on, found {int(visits.min())}")
     return visits % count
+
+
+class Epochs:
+    """The endless sequence of visits: every epoch each sample once, in an order of its own.
+
+    Args:
+        num: samples of an epoch.
+        seed: of the orders.
+
+    >>> epochs = Epochs(5, seed=0)
+    >>> sorted(epochs(0, 5).tolist()), sorted(epochs(5, 5).tolist())
+    ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    """
+
+    def __init__(self, num: int, *, seed: int) -> None:
+        self._num, self._seed = num, seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch last asked for, and its order
+
+    def __call__(self, start: int, count: int) -> Tensor:
+        """Visits `start` to `start + count` of the sequence, `[count]` int64."""
+        parts = []
+        while count:
+            epoch, offset = divmod(start, self._num)
+            if self._order[0] != epoch:
+                self._order = (epoch, torch.randperm(self._num, generator=generator(self._seed, "order", epoch)))
+            part = self._order[1][offset : offset + count]
+            parts.append(epoch * self._num + part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)

@@ -209,6 +209,14 @@ def test_gradient_that_is_not_finite_changes_nothing(training: Training) -> None
         training.update(1e-3)
 
 
+def test_a_run_does_not_go_on_with_other_data(training: Training) -> None:
+    tensors, state = training.tensors(), training.state()
+    training.real.images[0] ^= 255
+    del training.real.__dict__["fingerprint"]  # computed once per set
+    with pytest.raises(UserError, match="data: expected the real samples that this run began with, fingerprint"):
+        training.restore(1, tensors, state)
+
+
 def pieces_of(training: Training, at_once: int | None) -> list[train.Piece]:
     labels, alpha = torch.tensor([4, 1, 7]), torch.tensor([1.0, 2.0, 3.0])
     training.config.labels_at_once = at_once
