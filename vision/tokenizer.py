@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision.pretrained import CONFIG_FILE, HUB_ID
+from vision.release import download
 
 SD_VAE: Final = "stabilityai/sd-vae-ft-mse"  # latents of all of the paper's latent models
 SD_VAE_REVISION: Final = "31f26fdeee1355a5c34592e401dd41e45d25a493"
@@ -172,22 +173,11 @@ def _folder_of(source: str | os.PathLike[str], revision: str | None) -> Path:
         raise FileNotFoundError(f"tokenizer {source}: expected a hub id 'owner/name' or a folder; there is no such one")
     if str(source) == SD_VAE and revision is None:
         revision = SD_VAE_REVISION
-    from huggingface_hub import snapshot_download  # only a hub id needs it
-
-    names = [CONFIG_FILE, VAE_WEIGHTS_FILE]
-    arguments: dict[str, Any] = {"repo_id": str(source), "revision": revision, "allow_patterns": names}
     try:
-        folder = Path(snapshot_download(**arguments, local_files_only=True))
-        if all((folder / name).is_file() for name in names):
-            return folder
-    except FileNotFoundError:
-        pass  # never downloaded yet
-    try:
-        return Path(snapshot_download(**arguments))
-    except OSError as error:  # the hub's own errors are OSErrors too
+        return download(str(source), [CONFIG_FILE, VAE_WEIGHTS_FILE], revision=revision)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"tokenizer {source}: expected it in the Hugging Face cache or on the hub, found neither "
-            f"({str(error).splitlines()[0]}); without a network, name a copy of it instead, {_LAYOUT}"
+            f"tokenizer {error}; without a network, name a copy of it instead, {_LAYOUT}"
         ) from error
 
 

@@ -171,8 +171,8 @@ def test_without_network_the_message_says_what_to_provide(monkeypatch: pytest.Mo
 def test_the_pinned_autoencoder_must_have_its_known_hash(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
     asked = []
 
-    def snapshot_download(**arguments: object) -> str:
-        asked.append((arguments["repo_id"], arguments["revision"]))
+    def snapshot_download(repo_id: str, *, revision: str | None, **_: object) -> str:
+        asked.append((repo_id, revision))
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
