@@ -1,0 +1,129 @@
+"""Arrays of zarr stores, of format 2 or 3, in a folder or a zip file, read whole and with suspicion.
+
+zarr gives the values of a chunk that is not there as the fill value and says nothing; here every chunk has to be there.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+import zarr
+from zarr.storage import ZipStore
+
+from policy.data_error import DataError, available
+
+# What zarr and its codecs raise on damaged files; a codec's own error is a RuntimeError or a ValueError.
+ZARR_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, zlib.error)
+
+
+class ZarrStore:
+    """A zarr group, its arrays by name ("data/action"), for a `with` statement.
+
+    Args:
+        path: folder or zip file.
+        allow_missing_chunks: read a chunk that is not there as the array's fill value, for stores whose writer is
+            known to leave out such chunks.
+
+    Raises:
+        DataError: there is no zarr group, or its metadata are damaged.
+    """
+
+    def __init__(self, path: Path, *, allow_missing_chunks: bool = False) -> None:
+        self.path, self._allow_missing_chunks = path, allow_missing_chunks
+        if not path.exists():
+            raise DataError(f"{path}: expected a zarr store; there is nothing of that name")
+        self._zip: Any = None
+        try:
+            if path.is_file():
+                self._zip = ZipStore(path)
+            self._group: Any = zarr.open_group(self._zip or path, mode="r")
+            self.attributes: dict[str, Any] = dict(self._group.attrs.asdict())
+            self._arrays: dict[str, Any] = dict(self._walk("", self._group))
+        except (*ZARR_ERRORS, zipfile.BadZipFile) as error:
+            self.close()
+            raise DataError(f"{path}: expected a zarr group, found {type(error).__name__}: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the zip file, if it is one."""
+        if self._zip is not None:
+            self._zip.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arrays."""
+        return sorted(self._arrays)
+
+    def read(self, name: str, *, rows: int | None = None) -> np.ndarray:
+        """An array, or its first rows.
+
+        Args:
+            name: as in `names`.
+            rows: how many; all if not given.
+
+        Raises:
+            DataError: there is no such array, it is shorter, or chunks of it are missing or damaged (naming the first).
+        """
+        if name not in self._arrays:
+            raise DataError(f"{self.path}: expected an array {name}, {available(name, self.names)}")
+        array = self._arrays[name]
+        if array.dtype.hasobject or array.dtype.kind not in "biuf":
+            raise DataError(f"{self.path}: array {name}: expected numbers, found dtype {array.dtype}")
+        if rows is not None and (not array.shape or array.shape[0] < rows):
+            raise DataError(f"{self.path}: array {name}: expected at least {rows} rows, found shape {array.shape}")
+        shape = array.shape if rows is None else (rows, *array.shape[1:])
+        if not self._allow_missing_chunks:
+            self._require_chunks(name, array, shape)
+        try:
+            return np.asarray(array[tuple(map(slice, shape))])
+        except ZARR_ERRORS as error:
+            raise DataError(f"{self.path}: array {name}: {_damage(array, shape, error)}") from error
+
+    def _walk(self, prefix: str, group: Any) -> Iterator[tuple[str, Any]]:
+        for name, member in group.members():
+            if isinstance(member, zarr.Group):
+                yield from self._walk(f"{prefix}{name}/", member)
+            else:
+                yield f"{prefix}{name}", member
+
+    def _require_chunks(self, name: str, array: Any, shape: tuple[int, ...]) -> None:
+        exists = self._exists()
+        grid = _grid(array, shape)
+        for chunk in np.ndindex(*grid):  # one by one: damaged metadata may say billions
+            key = array.metadata.encode_chunk_key(chunk)
+            if not exists(f"{name}/{key}"):
+                raise DataError(
+                    f"{self.path}: array {name}: expected {math.prod(grid)} chunks, found that chunk {key} is missing"
+                )
+
+    def _exists(self) -> Callable[[str], bool]:
+        if self.path.is_file():
+            with zipfile.ZipFile(self.path) as archive:
+                return set(archive.namelist()).__contains__
+        return lambda key: (self.path / key).is_file()
+
+
+def _grid(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Number of chunks (of files, where chunks share one) along each axis of the leading part of an array."""
+    return tuple(-(-length // size) for length, size in zip(shape, array.shards or array.chunks, strict=True))
+
+
+def _damage(array: Any, shape: tuple[int, ...], error: Exception) -> str:
+    """Which chunk it is that cannot be read, and why."""
+    sizes = array.shards or array.chunks
+    for chunk in np.ndindex(*_grid(array, shape)):
+        try:
+            array[tuple(slice(i * size, (i + 1) * size) for i, size in zip(chunk, sizes, strict=True))]
+        except ZARR_ERRORS as reason:
+            key = array.metadata.encode_chunk_key(chunk)
+            return f"chunk {key} is damaged: {type(reason).__name__}: {reason}"
+    return f"{type(error).__name__}: {error}"  # now it can be read
