@@ -168,7 +168,7 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._last_observation = observation
         return observation, float(outcome.reward), bool(outcome.terminated), False, self._info()
 
-    def render(self) -> np.ndarray:  # type: ignore[override] # gymnasium's may also return text
+    def render(self) -> np.ndarray:
         """A picture of the present state [H, W, 3] uint8, upright.
 
         Raises:
