@@ -1,6 +1,6 @@
 """BlockPush: a rod pushes two cubes into two square zones, in either order and either way round."""
 
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 import mujoco
 import numpy as np
@@ -11,6 +11,8 @@ from envs.mujoco_task import MujocoTask
 from envs.task import Outcome
 
 Vector = NDArray[np.float64]
+ActionKind = Literal["absolute", "delta"]
+Pose = tuple[float, float, float]  # x and y in metres, yaw
 
 CONTROL_DT_S: Final = 0.1
 PHYSICS_STEPS: Final = 24  # of 1/240 s per action
@@ -25,7 +27,25 @@ ENTRY_REWARD: Final = 0.49  # a block is in a zone for the first time
 END_REWARD: Final = 0.51  # the blocks are in different zones
 PHASE_SCORES: Final = (0.4, 0.9)  # p1 and p2 are done above these
 BLOCKS: Final = ("block", "block2")
-TARGETS: Final = ("target", "target2")
+REWARDS: Final = (ENTRY_REWARD, 2 * ENTRY_REWARD, END_REWARD)  # all that a step can give, but 0
+CENTRE_X_M: Final = 0.4
+TARGET_OFFSET_M: Final = 0.12
+LEAST_BLOCK_DISTANCE_M: Final = 0.1  # along x, as the next
+LEAST_TARGET_DISTANCE_M: Final = 0.12
+IMAGE_SIZE: Final = 96
+EFFECTOR_NAMES: Final = ("effector_x", "effector_y", "effector_target_x", "effector_target_y")
+STATE_NAMES: Final = (
+    *("block_x", "block_y", "block_yaw", "block2_x", "block2_y", "block2_yaw"),
+    *EFFECTOR_NAMES,
+    *("target_x", "target_y", "target_yaw", "target2_x", "target2_y", "target2_yaw"),
+)
+
+
+class InitialState(NamedTuple):
+    """Where an episode begins."""
+
+    blocks: tuple[Pose, Pose]
+    targets: tuple[Pose, Pose]
 
 
 class BlockPush(MujocoTask):
@@ -72,18 +92,143 @@ class BlockPush(MujocoTask):
     MAX_STEPS: ClassVar[int] = 350
     PHASES: ClassVar[tuple[str, ...]] = ("p1", "p2")
 
+    def __init__(self, *, action: ActionKind = "absolute", **keywords: Any) -> None:
+        super().__init__("block_push.xml", **keywords)
+        if action not in get_args(ActionKind):
+            raise ValueError(f"action must be one of {', '.join(map(repr, get_args(ActionKind)))}, got {action!r}")
+        self.action_kind = action
+        low = WORKSPACE_LOW_M if action == "absolute" else np.full(2, -LARGEST_DELTA_M)
+        high = WORKSPACE_HIGH_M if action == "absolute" else np.full(2, LARGEST_DELTA_M)
+        self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+        names = STATE_NAMES if self.observation == "state" else EFFECTOR_NAMES
+        self.state_names: tuple[str, ...] = names
+        parts: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (len(names),), np.float32)}
+        if self.observation == "image":
+            parts = {"overview": spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), **parts}
+        self.observation_space = spaces.Dict(parts)
+        self._blocks = [self.model.body(name).id for name in BLOCKS]
+        self._effector = self.model.body("effector").id
+        self._entered = np.zeros((2, 2), bool)  # [block, zone], since the reset
+        self._reward = 0.0
+        self._rewards: set[float] = set()  # distinct ones since the reset
+
     def effector_target(self) -> Vector:
         """Where the rod is going, [2], in metres."""
         return self.data.ctrl.copy()
 
     def block_position(self, index: int) -> Vector:
         """Centre of block 0 or 1 on the table, [2], in metres."""
-        return self.data.body(BLOCKS[index]).xpos[:2].copy()
+        return self.data.xpos[self._blocks[index], :2].copy()
 
     def block_yaw(self, index: int) -> float:
-        """Angle of block 0 or 1 about the vertical, in [0, pi)."""
-        return _yaw(self.data.body(BLOCKS[index]).xquat)
+        """Angle of block 0 or 1 about the vertical, in (-pi, pi]."""
+        return _yaw(self.data.xquat[self._blocks[index]])
 
     def target_position(self, index: int) -> Vector:
         """Centre of zone 0 or 1 on the table, [2], in metres."""
         return self.data.mocap_pos[index, :2].copy()
+
+    def action_towards(self, position: Vector) -> NDArray[np.float32]:
+        """The action [2] that makes a position on the table [2], in metres, the rod's target, as far as it may."""
+        action = position if self.action_kind == "absolute" else position - self.effector_target()
+        return np.clip(action, self.action_space.low, self.action_space.high).astype(np.float32)
+
+    def _reset(self, seed: int) -> None:
+        start = initial_state(seed)
+        mujoco.mj_resetData(self.model, self.data)
+        for name, (x, y, yaw) in zip(BLOCKS, start.blocks, strict=True):
+            self.data.joint(name).qpos = [x, y, BLOCK_HEIGHT_M, *_quaternion(yaw)]
+        for index, (x, y, yaw) in enumerate(start.targets):
+            self.data.mocap_pos[index] = [x, y, 0.0]
+            self.data.mocap_quat[index] = _quaternion(yaw)
+        for name, position in zip(("effector_x", "effector_y"), START_M, strict=True):
+            self.data.joint(name).qpos = position
+        self.data.ctrl[:] = START_M
+        self._entered[:], self._reward, self._rewards = False, 0.0, set()
+        self.simulate(SETTLING_STEPS)
+
+    def _control(self, action: NDArray[np.float64]) -> None:
+        target = action if self.action_kind == "absolute" else self.effector_target() + action
+        self.data.ctrl[:] = np.clip(target, WORKSPACE_LOW_M, WORKSPACE_HIGH_M)
+        self.simulate(PHYSICS_STEPS)
+        self._reward = self._note_entries()
+        if self._reward:
+            self._rewards.add(self._reward)
+
+    def _note_entries(self) -> float:
+        """The step's reward; a block counts as entering a zone once."""
+        blocks = np.stack([self.block_position(0), self.block_position(1)])  # [2, 2]
+        distance = np.linalg.norm(blocks[:, None] - self.data.mocap_pos[:, :2], axis=-1)  # [block, zone]
+        inside = distance < GOAL_TOLERANCE_M
+        nearest = distance.argmin(axis=1)  # [block]
+        first = inside & ~self._entered
+        self._entered |= inside
+        if inside.any(axis=1).all() and nearest[0] != nearest[1]:
+            return END_REWARD
+        return ENTRY_REWARD * int(first.sum())
+
+    def _outcome(self) -> Outcome:
+        total = sum(self._rewards)
+        phases = sum(total > score for score in PHASE_SCORES)
+        return Outcome(self._reward, min(1.0, total), phases, terminated=self._reward == END_REWARD)
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        effector = [*self.data.xpos[self._effector, :2], *self.data.ctrl]
+        if self.observation == "image":
+            picture = self.image("overview", IMAGE_SIZE, IMAGE_SIZE)
+            return {"overview": picture, "state": np.array(effector, np.float32)}
+        blocks = [(*self.block_position(index), self.block_yaw(index) % np.pi) for index in (0, 1)]
+        targets = [(*self.data.mocap_pos[index, :2], _yaw(self.data.mocap_quat[index]) % np.pi) for index in (0, 1)]
+        return {"state": np.array([*blocks[0], *blocks[1], *effector, *targets[0], *targets[1]], np.float32)}
+
+    def _get_state(self) -> dict[str, np.ndarray]:
+        rewards = np.array([value in self._rewards for value in REWARDS])
+        return {**super()._get_state(), "entered": self._entered.copy(), "rewards": rewards}
+
+    def _set_state(self, state: dict[str, np.ndarray]) -> None:
+        super()._set_state(state)
+        self._entered = np.array(state["entered"], bool)
+        self._rewards = {value for value, seen in zip(REWARDS, state["rewards"], strict=True) if seen}
+
+
+def initial_state(seed: int) -> InitialState:
+    """Where an episode begins, by the original environment's draws from `numpy.random.RandomState(seed)`.
+
+    Args:
+        seed: at least 0, below 2**32.
+    """
+    random = np.random.RandomState(seed)
+
+    def block() -> tuple[float, float]:
+        return CENTRE_X_M + random.uniform(-0.1, 0.1), -0.2 + random.uniform(-0.15, 0.15)
+
+    def block_yaw() -> float:
+        # The original calls uniform(pi), whose upper end is then 1: yaws in (1, pi].
+        return np.pi + (1 - np.pi) * random.random_sample()
+
+    def target(offset: float) -> tuple[float, float]:
+        return CENTRE_X_M + offset + random.uniform(-0.005, 0.005), 0.2 + random.uniform(-0.0075, 0.0075)
+
+    def target_yaw() -> float:
+        return np.pi + random.uniform(-np.pi / 30, np.pi / 30)
+
+    first = (*block(), block_yaw())
+    position = block()
+    while abs(position[0] - first[0]) <= LEAST_BLOCK_DISTANCE_M:
+        position = block()
+    second = (*position, block_yaw())
+    offset = TARGET_OFFSET_M * random.choice([-1, 1])
+    first_target = (*target(offset), target_yaw())
+    position = target(-offset)
+    while abs(position[0] - first_target[0]) <= LEAST_TARGET_DISTANCE_M:
+        position = target(-offset)
+    return InitialState((first, second), (first_target, (*position, target_yaw())))
+
+
+def _yaw(quaternion: Vector) -> float:
+    w, x, y, z = quaternion
+    return float(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)))
+
+
+def _quaternion(yaw: float) -> list[float]:
+    return [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
