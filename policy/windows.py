@@ -80,7 +80,8 @@ class Windows:
         before = np.where(episode > 0, self._ends[episode - 1], 0)
         start = k - before - self.pad_before
         steps = start[:, None] + np.arange(self.horizon)  # [B, T]
-        return self._rows[episode, None] + steps.clip(0, self._lengths[episode, None] - 1)
+        rows: np.ndarray = self._rows[episode, None] + steps.clip(0, self._lengths[episode, None] - 1)
+        return rows
 
 
 class Split(NamedTuple):
