@@ -1,5 +1,6 @@
 """ArmReach: a planar arm reaches behind an obstacle, round its left or its right side."""
 
+import math
 from typing import Any, ClassVar
 
 import mujoco
@@ -167,12 +168,11 @@ def joint_angles(tip: np.ndarray) -> np.ndarray:
         Angles of shoulder, elbow and wrist [3] in rad, counted to the left; all zero is straight along +y.
     """
     upper, forearm, hand = LINKS
-    x, y = tip - BASE
-    reach = np.hypot(x, y)
-    wrist = reach - hand  # from the shoulder
-    # The triangle shoulder, elbow, wrist: law of cosines.
-    at_shoulder = np.arccos((upper**2 + wrist**2 - forearm**2) / (2 * upper * wrist))
-    at_elbow = np.arccos((upper**2 + forearm**2 - wrist**2) / (2 * upper * forearm))
-    direction = np.arctan2(-x, y)
-    shoulder, elbow = direction - at_shoulder, np.pi - at_elbow
+    x, y = float(tip[0] - BASE[0]), float(tip[1] - BASE[1])
+    wrist = math.hypot(x, y) - hand  # from the shoulder
+    # The triangle of shoulder, elbow and wrist, by the law of cosines.
+    at_shoulder = math.acos((upper**2 + wrist**2 - forearm**2) / (2 * upper * wrist))
+    at_elbow = math.acos((upper**2 + forearm**2 - wrist**2) / (2 * upper * forearm))
+    direction = math.atan2(-x, y)
+    shoulder, elbow = direction - at_shoulder, math.pi - at_elbow
     return np.array([shoulder, elbow, direction - shoulder - elbow])

@@ -37,14 +37,15 @@ def check_physics(data: mujoco.MjData) -> None:
 
     MuJoCo itself resets a state with NaN or huge numbers and goes on; it counts that in `data.warning`.
     """
-    for kind, warning in enumerate(data.warning):
-        if warning.number:
-            raise PhysicsError(f"{mujoco.mjtWarning(kind).name} at {data.time:g} s (entry {warning.lastinfo})")
+    counters = data.warning.number
+    if counters.any():
+        kind = int(np.argmax(counters > 0))
+        name = mujoco.mjtWarning(kind).name
+        raise PhysicsError(f"{name} (entry {data.warning.lastinfo[kind]}) at {data.time:g} s")
     for name in ("qpos", "qvel"):
         values = getattr(data, name)
-        wrong = ~(np.abs(values) < LARGEST)  # NaN compares false
-        if wrong.any():
-            index = int(np.argmax(wrong))
+        if values.size and not np.abs(values).max() < LARGEST:  # NaN compares false
+            index = int(np.argmax(~(np.abs(values) < LARGEST)))
             raise PhysicsError(f"{name}[{index}] is {values[index]:g} at {data.time:g} s")
 
 
