@@ -138,7 +138,7 @@ class ArmReach(MujocoTask):
         arm = [self.data.qpos, self._tip]
         if self.observation == "image":
             return {
-                "overhead": self.image("overhead", *IMAGE_SIZE),
+                "overhead": self.image("overhead", *IMAGE_SIZE, shadows=False),
                 "state": np.concatenate(arm, dtype=np.float32),
             }
         return {"state": np.concatenate([*arm, self._target, self._obstacle], dtype=np.float32)}

