@@ -33,12 +33,6 @@ TARGET_OFFSET_M: Final = 0.12
 LEAST_BLOCK_DISTANCE_M: Final = 0.1  # along x, as the next
 LEAST_TARGET_DISTANCE_M: Final = 0.12
 IMAGE_SIZE: Final = 96
-EFFECTOR_NAMES: Final = ("effector_x", "effector_y", "effector_target_x", "effector_target_y")
-STATE_NAMES: Final = (
-    *("block_x", "block_y", "block_yaw", "block2_x", "block2_y", "block2_yaw"),
-    *EFFECTOR_NAMES,
-    *("target_x", "target_y", "target_yaw", "target2_x", "target2_y", "target2_yaw"),
-)
 
 
 class InitialState(NamedTuple):
@@ -91,6 +85,17 @@ class BlockPush(MujocoTask):
     CONTROL_HZ: ClassVar[float] = 1 / CONTROL_DT_S
     MAX_STEPS: ClassVar[int] = 350
     PHASES: ClassVar[tuple[str, ...]] = ("p1", "p2")
+    PROPRIOCEPTION_NAMES: ClassVar[tuple[str, ...]] = (
+        "effector_x",
+        "effector_y",
+        "effector_target_x",
+        "effector_target_y",
+    )
+    STATE_NAMES: ClassVar[tuple[str, ...]] = (
+        *("block_x", "block_y", "block_yaw", "block2_x", "block2_y", "block2_yaw"),
+        *PROPRIOCEPTION_NAMES,
+        *("target_x", "target_y", "target_yaw", "target2_x", "target2_y", "target2_yaw"),
+    )
 
     def __init__(self, *, action: ActionKind = "absolute", **keywords: Any) -> None:
         super().__init__("block_push.xml", **keywords)
@@ -99,10 +104,9 @@ class BlockPush(MujocoTask):
         self.action_kind = action
         low = WORKSPACE_LOW_M if action == "absolute" else np.full(2, -LARGEST_DELTA_M)
         high = WORKSPACE_HIGH_M if action == "absolute" else np.full(2, LARGEST_DELTA_M)
-        self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
-        names = STATE_NAMES if self.observation == "state" else EFFECTOR_NAMES
-        self.state_names: tuple[str, ...] = names
-        parts: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (len(names),), np.float32)}
+        self.action_space = self._box = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+        names = self.STATE_NAMES if self.observation == "state" else self.PROPRIOCEPTION_NAMES
+        parts: dict[str, spaces.Space[Any]] = {"state": spaces.Box(-np.inf, np.inf, (len(names),), np.float32)}
         if self.observation == "image":
             parts = {"overview": spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), **parts}
         self.observation_space = spaces.Dict(parts)
@@ -114,11 +118,11 @@ class BlockPush(MujocoTask):
 
     def effector_target(self) -> Vector:
         """Where the rod is going, [2], in metres."""
-        return self.data.ctrl.copy()
+        return np.array(self.data.ctrl)
 
     def block_position(self, index: int) -> Vector:
         """Centre of block 0 or 1 on the table, [2], in metres."""
-        return self.data.xpos[self._blocks[index], :2].copy()
+        return np.array(self.data.xpos[self._blocks[index], :2])
 
     def block_yaw(self, index: int) -> float:
         """Angle of block 0 or 1 about the vertical, in (-pi, pi]."""
@@ -126,12 +130,12 @@ class BlockPush(MujocoTask):
 
     def target_position(self, index: int) -> Vector:
         """Centre of zone 0 or 1 on the table, [2], in metres."""
-        return self.data.mocap_pos[index, :2].copy()
+        return np.array(self.data.mocap_pos[index, :2])
 
     def action_towards(self, position: Vector) -> NDArray[np.float32]:
         """The action [2] that makes a position on the table [2], in metres, the rod's target, as far as it may."""
         action = position if self.action_kind == "absolute" else position - self.effector_target()
-        return np.clip(action, self.action_space.low, self.action_space.high).astype(np.float32)
+        return np.clip(action, self._box.low, self._box.high).astype(np.float32)
 
     def _reset(self, seed: int) -> None:
         start = initial_state(seed)
