@@ -25,7 +25,7 @@ from torch import Tensor
 
 import envs
 from driftfield.training import Progress, UserError, generator
-from policy.rollout_worker import SCRIPT, CannotMake, Host, MakeEnvironment, Report, Setup
+from policy.rollout_worker import SCRIPT, CannotMake, Frames, Host, MakeEnvironment, Report, Setup
 
 TRIES: Final = 3  # of an episode whose worker dies or hangs
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -79,6 +79,10 @@ class Episode:
         return {name: value for name, value in vars(self).items() if name != "actions"}
 
 
+class PolicyError(ValueError):
+    """Actions that no environment should see."""
+
+
 class RolloutError(RuntimeError):
     """Episodes that say nothing about the policy.
 
@@ -121,7 +125,7 @@ def rollout(
         make: `make(task, **task_options)` makes an environment; a function that a new process can import.
 
     Raises:
-        ValueError: what the policy returns is not finite, or of a wrong shape, type or device.
+        PolicyError: what the policy returns is not finite, or of a wrong shape, type or device.
         UserError: the environment can't be made.
         RolloutError: an episode lost its worker three times, or more environments raised than `failure_cap` allows.
 
@@ -139,6 +143,46 @@ def rollout(
             episodes += _Block(policy, crew, block, size, noise_seed, progress).run()
     _refuse_many_failures(task, episodes, failure_cap)
     return episodes
+
+
+def replay(
+    episodes: Sequence[Episode],
+    task: str,
+    *,
+    task_options: Mapping[str, Any] | None = None,
+    timeout_s: float = 300.0,
+    make: MakeEnvironment = envs.make,
+) -> list[Frames]:
+    """Show episodes, by executing their actions again in a process that draws.
+
+    Args:
+        episodes: of `rollout`; none that failed.
+        task, task_options, make: as they were for `rollout`.
+        timeout_s: longest that an episode may take.
+
+    Raises:
+        RolloutError: they can't be drawn here.
+
+    Returns:
+        Pictures of each episode.
+    """
+    worker = _Worker(Setup(make, task, dict(task_options or {}), obs_steps=1))
+    try:
+        shown = []
+        for episode in episodes:
+            worker.command(0, "frames", (episode.seed, episode.actions), timeout_s)
+            if not worker.connection.poll(timeout_s):
+                raise RolloutError(f"{task} can't be drawn: its worker gave no answer in {timeout_s:g} s")
+            answer = worker.connection.recv()
+            if isinstance(answer, CannotMake):
+                raise RolloutError(f"{task} can't be drawn: {answer}")
+            shown.append(answer)
+        return shown
+    except (EOFError, OSError) as error:
+        raise RolloutError(f"{task} can't be drawn: its worker {worker.end()}") from error
+    finally:
+        worker.deadline = 0.0
+        worker.end()
 
 
 class _Block:
@@ -424,17 +468,17 @@ def _device_of(policy: RunnablePolicy) -> torch.device:
 def _check_actions(actions: Any, shape: tuple[int, ...], device: torch.device, live: Sequence[int]) -> None:
     """Refuse what no environment should see; rows of finished episodes may hold anything."""
     if not isinstance(actions, Tensor):
-        raise ValueError(f"policy: expected a tensor of actions, found {type(actions).__name__}")
+        raise PolicyError(f"policy: expected a tensor of actions, found {type(actions).__name__}")
     if tuple(actions.shape) != shape:
-        raise ValueError(
+        raise PolicyError(
             f"policy: expected actions [batch, action_steps, action_dim] = {list(shape)}, found {list(actions.shape)}"
         )
     if actions.dtype != torch.float32 or actions.device != device:
-        raise ValueError(f"policy: expected actions in float32 on {device}, found {actions.dtype} on {actions.device}")
+        raise PolicyError(f"policy: expected actions in float32 on {device}, found {actions.dtype} on {actions.device}")
     wrong = (~actions[list(live)].isfinite()).nonzero()  # [n, 3]
     if len(wrong):
         row, step, entry = wrong[0].tolist()
-        raise ValueError(
+        raise PolicyError(
             f"policy: expected finite actions, found {actions[live[row], step, entry].item()} "
             f"at row {live[row]}, step {step}, entry {entry}"
         )

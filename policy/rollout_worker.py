@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 
 SCRIPT: Final = "import sys; from policy.rollout_worker import serve; serve(int(sys.argv[1]))"
-FRAME_SIDE: Final = 256  # largest side of a frame that is sent back, in pixels
+FRAME_SIDE: Final = 192  # largest side of a frame that is sent back, in pixels
 
 MakeEnvironment = Callable[..., gymnasium.Env]
 
@@ -61,8 +61,15 @@ class Report(NamedTuple):
     failure: str | None
 
 
+class Frames(NamedTuple):
+    """An episode to look at."""
+
+    pictures: np.ndarray  # uint8 [steps + 1, H, W, 3]
+    control_hz: float
+
+
 class CannotMake(Exception):
-    """An environment that cannot even be made, so that no episode can say anything."""
+    """An environment that cannot even be made, or drawn, so that no episode can say anything."""
 
 
 class Host:
@@ -106,26 +113,32 @@ class Host:
         self._guarded(row, self._episodes[row].execute, actions)
         return self._episodes[row].report()
 
-    def frames(self, seed: int, actions: np.ndarray) -> np.ndarray:
-        """Pictures of an episode, from executing its actions again in an environment of their own.
+    def frames(self, seed: int, actions: np.ndarray) -> Frames:
+        """Show an episode by executing its actions again in an environment made for that.
 
         Args:
             seed: of the initial state.
             actions: all that the episode executed, `[steps, A]`.
 
+        Raises:
+            CannotMake: it can't be drawn.
+
         Returns:
-            uint8 `[steps + 1, H, W, 3]`, the larger side at most `FRAME_SIDE`.
+            A picture before each action and one after the last, the larger side at most `FRAME_SIDE`.
         """
-        episode = _RunningEpisode(self._make(render_mode="rgb_array"), self._setup.obs_steps)
+        environment = self._make(render_mode="rgb_array")
         try:
+            episode = _RunningEpisode(environment, self._setup.obs_steps)
             episode.reset(seed)
-            pictures = [_picture(episode.environment)]
+            pictures = [_picture(environment)]
             for action in actions:
                 episode.execute(action[np.newaxis])
-                pictures.append(_picture(episode.environment))
+                pictures.append(_picture(environment))
+            return Frames(np.stack(pictures), float(environment.get_wrapper_attr("CONTROL_HZ")))
+        except Exception as error:
+            raise CannotMake(f"{type(error).__name__}: {error}") from error
         finally:
-            episode.environment.close()
-        return np.stack(pictures)
+            environment.close()
 
     def close(self) -> None:
         """Close all environments."""

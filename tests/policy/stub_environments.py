@@ -20,10 +20,11 @@ class Stub(gymnasium.Env):
         raises, dies, exits, hangs: seeds of the episodes in which that happens, at step 3.
         no_reset: seeds whose reset raises.
         once: a folder that remembers which seed has died, exited or hung already; without it that happens each time.
-        render_mode, picture: as of a task; side of a picture.
+        render_mode, picture, draws_badly: as of a task; side of a picture; "raises" or "dies" when it is drawn.
     """
 
     PHASES = ("half", "whole")
+    CONTROL_HZ = 20.0
     action_space = spaces.Box(-1, 1, (2,), np.float32)
     observation_space = spaces.Dict({"state": spaces.Box(-np.inf, np.inf, (3,), np.float32)})
 
@@ -39,9 +40,11 @@ class Stub(gymnasium.Env):
         once: str | None = None,
         render_mode: str | None = None,
         picture: int = 32,
+        draws_badly: str | None = None,
     ) -> None:
         self.length, self.raises, self.dies, self.exits, self.hangs = length, raises, dies, exits, hangs
-        self.no_reset, self.once, self.render_mode, self.picture = no_reset, once, render_mode, picture
+        self.no_reset, self.once = no_reset, once
+        self.render_mode, self.picture, self.draws_badly = render_mode, picture, draws_badly
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
         assert seed is not None
@@ -64,6 +67,10 @@ class Stub(gymnasium.Env):
     def render(self) -> np.ndarray:
         if self.render_mode is None:
             raise ValueError("no render mode")
+        if self.draws_badly == "raises":
+            raise ImportError("there is no OpenGL")
+        if self.draws_badly == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
         return np.full((self.picture, self.picture, 3), min(255, 20 * self.steps), np.uint8)
 
     def _observation(self) -> dict[str, np.ndarray]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from driftfield.training import Progress, UserError
 from policy import rollout as module
-from policy.rollout import Episode, RolloutError, rollout
-from policy.rollout_worker import Host, Setup
+from policy.rollout import Episode, PolicyError, RolloutError, replay, rollout
+from policy.rollout_worker import Setup
 
 sys.path.append(str(Path(__file__).parent))  # worker processes import it as well
 from stub_environments import Stub, make  # noqa: E402
@@ -237,7 +237,7 @@ def test_an_episode_that_hangs_thrice_is_named() -> None:
     ],
 )
 def test_what_a_policy_must_not_return_is_refused_before_the_environment_sees_it(spoil: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PolicyError, match=message):
         run(policy=Broken(spoil))
 
 
@@ -256,9 +256,20 @@ def test_rows_of_finished_episodes_may_hold_anything(undisturbed: list[Any]) -> 
 # ---- pictures
 
 
-def test_frames_come_from_the_executed_actions_and_are_small() -> None:
-    (episode,) = run([0])
-    host = Host(Setup(make, "stub", {"picture": 600}, 2))
-    frames = host.frames(0, episode.actions)
-    assert frames.shape == (12, 256, 256, 3) and frames.dtype == np.uint8
-    assert [int(frame[0, 0, 0]) for frame in frames] == [20 * step for step in range(12)]
+def test_pictures_come_from_the_executed_actions_and_are_small() -> None:
+    episodes = run([0, 1])
+    shown = replay(episodes, "stub", task_options={"picture": 600}, make=make)
+    assert [frames.pictures.shape for frames in shown] == [(12, 192, 192, 3), (13, 192, 192, 3)]
+    assert shown[0].pictures[:, 0, 0, 0].tolist() == [20 * step for step in range(12)]
+    assert shown[0].control_hz == 20
+
+
+@pytest.mark.parametrize(("fault", "message"), [("raises", "ImportError: there is no OpenGL"), ("dies", "by SIGSEGV")])
+def test_what_cannot_be_drawn_is_said(fault: str, message: str) -> None:
+    with pytest.raises(RolloutError, match=f"stub can't be drawn: .*{message}"):
+        replay(run([0]), "stub", task_options={"draws_badly": fault}, make=make)
+
+
+def test_a_picture_that_takes_too_long_is_given_up() -> None:
+    with pytest.raises(RolloutError, match="gave no answer in 1 s"):
+        replay(run([0]), "stub", task_options={"hangs": (0,)}, timeout_s=1, make=make)
