@@ -140,6 +140,10 @@ class RobosuiteTask(Task):
         site = self._world.robots[0].eef_site_id["right"]
         return Pose(self.data.site_xpos[site].copy(), self.data.site_xmat[site].reshape(3, 3).copy())
 
+    def solved(self) -> bool:
+        """Whether the present state is one that solves the task."""
+        return bool(self._world.reward() > 0)
+
     def absolute_action(self, delta: ArrayLike) -> NDArray[np.float32]:
         """The absolute action [10] that has the effect of a delta action at the present state.
 
@@ -205,7 +209,8 @@ class RobosuiteTask(Task):
         robot, command = self._world.robots[0], self._command(action)
         for substep in range(self._substeps):
             mujoco.mj_step1(self.model, self.data)
-            check_physics(self.data)  # the controller cannot compute with what is not finite
+            if self.data.warning.number.any():  # before the controller computes with it
+                check_physics(self.data)
             robot.control(command, policy_step=substep == 0)
             mujoco.mj_step2(self.model, self.data)
         mujoco.mj_fwdPosition(self.model, self.data)
@@ -220,7 +225,7 @@ class RobosuiteTask(Task):
         return observation
 
     def _outcome(self) -> Outcome:
-        reward = float(self._world.reward())
+        reward = float(self.solved())
         return Outcome(reward=reward, score=reward, phases=int(reward), terminated=False)
 
     def _check_physics(self) -> None:
