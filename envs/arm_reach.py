@@ -37,18 +37,18 @@ class ArmReach(MujocoTask):
     | phases | `reached` |
     | info | also `touched` (bool): the pin has touched the obstacle |
 
-    Action: where the pin shall be at the end of the step. Inverse kinematics turns it into angles, with the hand
+    Action [2]: where the pin shall be at the end of the step. Inverse kinematics turns it into angles, with the hand
     pointing away from the shoulder and the elbow to the right; the joints' servos go there in a straight line, at no
     more than 2 rad/s.
 
-    | index | action | min | max | unit | XML name |
+    | index | what | min | max | unit | XML name |
     |---|---|---|---|---|---|
     | 0 | tip's target, x (to the right) | -0.3 | 0.3 | m | `tip` |
     | 1 | tip's target, y (away from the shoulder) | 0 | 0.5 | m | `tip` |
 
-    Observation `state`; with `observation="image"` rows 0 to 4 alone, and `overhead` [84, 84, 3] uint8 beside them.
+    Observation `state` [9]; with `observation="image"` rows 0 to 4 alone, and `overhead` [84, 84, 3] uint8 beside them.
 
-    | index | observation | min | max | unit | XML name |
+    | index | what | min | max | unit | XML name |
     |---|---|---|---|---|---|
     | 0 | angle of the shoulder | -3.2 | 3.2 | rad | `shoulder` |
     | 1 | angle of the elbow | -3.2 | 3.2 | rad | `elbow` |
