@@ -1,7 +1,9 @@
 """What is wrong with demonstrations, told in one sentence."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from driftfield.training import UserError
 
@@ -19,3 +21,14 @@ def available(key: str, keys: Iterable[str]) -> str:
     names = sorted(keys)
     close = difflib.get_close_matches(key, names, n=1)
     return f"found {', '.join(names) or 'none'}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn a ValueError about arrays into a DataError that names where they are from."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error

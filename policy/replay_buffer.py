@@ -23,7 +23,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from driftfield.training.atomic_file import TEMPORARY_PREFIX, sync, to_json, write_json
-from policy.data_error import DataError, available
+from policy.data_error import DataError, available, naming
 from policy.zarr_arrays import ZARR_ERRORS, ZarrStore
 
 VERSION: Final = 1
@@ -194,10 +194,8 @@ class ReplayBuffer:
                 if key not in names:
                     raise DataError(f"{path}: expected data/{key}, {available(key, names)}")
             arrays = {key: store.read(f"{DATA}/{key}", rows=int(ends[-1])) for key in wanted}
-        try:
+        with naming(path):
             return cls(arrays, ends, header)
-        except ValueError as error:
-            raise DataError(f"{path}: {error}") from error
 
     def _write(self, path: Path) -> None:
         group: Any = zarr.open_group(path, mode="w", zarr_format=3)
@@ -318,10 +316,8 @@ def _read_header(store: ZarrStore) -> tuple[dict[str, Any], np.ndarray]:
     ends = store.read(EPISODE_ENDS)
     counting = np.flatnonzero(ends != _CUT_OFF)
     ends = ends[: counting[-1] + 1] if len(counting) else ends[:0]
-    try:
+    with naming(store.path):
         ends = _checked_ends(ends)
-    except ValueError as error:
-        raise DataError(f"{store.path}: {error}") from error
     attributes = {name: value for name, value in header.items() if name != "version"}
     if isinstance(attributes.get(EPISODES), list):
         attributes[EPISODES] = attributes[EPISODES][: len(ends)]
