@@ -21,7 +21,9 @@ ELEMENTS_PER_EPISODE: Final = 4
 # Inverse kinematics.
 STEP_M: Final = 0.02  # between solutions along a straight line
 LEVER_M: Final = 0.15  # a turn of 1 rad takes as long as a way of this length
-ITERATIONS: Final = 6
+STEP_RAD: Final = 0.1  # between points of a way in the joints' space
+NEAR_ITERATIONS: Final = 6
+FAR_ITERATIONS: Final = 60
 DAMPING: Final = 1e-3
 LARGEST_UPDATE_RAD: Final = 0.2
 TURN_WEIGHTS_M: Final = np.array([0.05, 0.05, 0.2])  # up, sideways, forward axis: the hand may tilt, but not roll
@@ -175,7 +177,9 @@ class KitchenExpert:
             self._waiting = [name for name in self.order if name not in completed]
         if not self._waiting:
             return
-        for waypoint in PRIMITIVES[self._waiting.pop(0)](self._task, self._np_random):
+        first, *rest = PRIMITIVES[self._waiting.pop(0)](self._task, self._np_random)
+        self._targets += self._arm.approach(first, self._effort)
+        for waypoint in rest:
             self._targets += self._arm.move(waypoint, self._effort, min(self._speed, waypoint.speed))
 
 
@@ -198,43 +202,55 @@ class _Arm:
         self._position = self._data.site_xpos[self._site].copy()
         self._turn = np.zeros(2)  # pitch, yaw
 
-    def move(self, waypoint: Waypoint, effort: float, speed: float) -> list[Vector]:
-        """Targets [9] for the control steps from here to a way-point."""
-        joints, times = self._line(waypoint, effort, speed)
-        steps = max(1, int(np.ceil(times[-1])))
-        moments = np.linspace(0.0, times[-1], steps + 1)[1:]
-        path = np.stack([np.interp(moments, times, column) for column in joints.T], axis=1)  # [steps, 7]
-        path = np.concatenate([path, np.repeat(path[-1:], waypoint.hold, axis=0)])
-        speeds = np.diff(path, axis=0, prepend=joints[:1]) / CONTROL_DT_S
-        arm = [place + self._lead(place, rate) for place, rate in zip(path, speeds, strict=True)]
-        return [np.clip([*target, waypoint.fingers, waypoint.fingers], LOW, HIGH) for target in arm]
+    def approach(self, waypoint: Waypoint, effort: float) -> list[Vector]:
+        """Targets [9] for the control steps to a way-point, straight in the joints' space, to one posture for all."""
+        self._position, self._turn = np.array(waypoint.position), np.array([waypoint.pitch, waypoint.yaw])
+        goal = self._solve(self._rest, self._position, _orientation(*self._turn), FAR_ITERATIONS)
+        count = max(1, int(np.ceil(np.abs(goal - self.joints).max() / STEP_RAD)))
+        joints = np.linspace(self.joints, goal, count + 1)
+        self.joints = goal
+        durations = [self._duration(old, new, effort) for old, new in zip(joints[:-1], joints[1:], strict=True)]
+        return self._targets(joints, durations, waypoint)
 
-    def _line(self, waypoint: Waypoint, effort: float, speed: float) -> tuple[Vector, Vector]:
-        """Joints [N, 7] along the straight line to a way-point and the control steps [N] at which they are reached."""
+    def move(self, waypoint: Waypoint, effort: float, speed: float) -> list[Vector]:
+        """Targets [9] for the control steps to a way-point, along a straight line of the hand."""
         from_position, from_turn = self._position, self._turn
         self._position, self._turn = np.array(waypoint.position), np.array([waypoint.pitch, waypoint.yaw])
         way, turn = self._position - from_position, self._turn - from_turn
         length = max(float(np.linalg.norm(way)), LEVER_M * float(np.abs(turn).max()))
         count = max(1, int(np.ceil(length / STEP_M)))
-        joints, times = [self.joints], [0.0]
+        joints, durations = [self.joints], []
         for part in np.linspace(0.0, 1.0, count + 1)[1:]:
-            old = self.joints
-            self.joints = self._solve(from_position + part * way, _orientation(*(from_turn + part * turn)))
-            fastest = effort * (self._force - np.abs(self._gravity(self.joints))) / self._damping * CONTROL_DT_S
-            duration = max(float((np.abs(self.joints - old) / fastest).max()), length / count / speed)
-            joints.append(self.joints)
-            times.append(times[-1] + duration)
-        return np.stack(joints), np.array(times)
+            orientation = _orientation(*(from_turn + part * turn))
+            joints.append(self._solve(joints[-1], from_position + part * way, orientation, NEAR_ITERATIONS))
+            durations.append(max(self._duration(joints[-2], joints[-1], effort), length / count / speed))
+        self.joints = joints[-1]
+        return self._targets(np.stack(joints), durations, waypoint)
+
+    def _duration(self, old: Vector, new: Vector, effort: float) -> float:
+        """Control steps from some joints to others at the speed that a part of the motors' force allows."""
+        fastest = effort * (self._force - np.abs(self._gravity(new))) / self._damping * CONTROL_DT_S
+        return float((np.abs(new - old) / fastest).max())
+
+    def _targets(self, joints: Vector, durations: list[float], waypoint: Waypoint) -> list[Vector]:
+        """Targets [9] for the control steps along joints [N + 1, 7], whose ways take durations [N], and the rest."""
+        times = np.concatenate([[0.0], np.cumsum(durations)])
+        moments = np.linspace(0.0, times[-1], max(1, int(np.ceil(times[-1]))) + 1)[1:]
+        path = np.stack([np.interp(moments, times, column) for column in joints.T], axis=1)  # [steps, 7]
+        path = np.concatenate([path, np.repeat(path[-1:], waypoint.hold, axis=0)])
+        speeds = np.diff(path, axis=0, prepend=joints[:1]) / CONTROL_DT_S
+        arm = [place + self._lead(place, speed) for place, speed in zip(path, speeds, strict=True)]
+        return [np.clip([*target, waypoint.fingers, waypoint.fingers], LOW, HIGH) for target in arm]
 
     def _lead(self, joints: Vector, speeds: Vector) -> Vector:
         """How far a position motor's target is ahead of its joint to hold gravity and damping: force / gain."""
         return (self._gravity(joints) + self._damping * speeds) / self._gain
 
-    def _solve(self, position: Vector, orientation: Vector) -> Vector:
-        """Joints [7] near the present ones that bring the site to a pose; damped least squares."""
-        joints = self.joints.copy()
+    def _solve(self, start: Vector, position: Vector, orientation: Vector, iterations: int) -> Vector:
+        """Joints [7] near others that bring the site to a pose; damped least squares."""
+        joints = start
         jacobian = np.zeros((6, self._model.nv))
-        for _ in range(ITERATIONS):
+        for _ in range(iterations):
             self._place(joints)
             mujoco.mj_jacSite(self._model, self._data, jacobian[:3], jacobian[3:], self._site)
             turn = _rotation_vector(orientation @ self._data.site_xmat[self._site].reshape(3, 3).T)
