@@ -142,7 +142,9 @@ class Recorder:
     def _play(self, seed: int, rows: list[Episode]) -> tuple[Mapping[str, Any], int]:
         observation, info = self._env.reset(seed=seed)
         expert = make_expert(self._settings.task, self._env, _random(seed, "expert"))
-        wanted: int = self._settings.phases or getattr(expert, "PHASES", len(self._task.PHASES))
+        wanted = self._settings.phases
+        if wanted is None:
+            wanted = int(getattr(expert, "PHASES_AIMED_AT", len(self._task.PHASES)))
         noise = _random(seed, "noise")
         over = False
         while not over and info["phases"] < wanted:
