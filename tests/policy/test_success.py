@@ -65,7 +65,13 @@ def test_a_summary_counts_everything_once() -> None:
         episode(seed=1, score=0.5, success=False, phases=1, clipped=10, retries=2),
         episode(seed=2, score=0.0, success=False, phases=0, diverged=True, steps=4),
         episode(
-            seed=3, score=0.0, success=False, phases=0, failure="Traceback", steps=0, actions=np.zeros((0, 2), np.float32)
+            seed=3,
+            score=0.0,
+            success=False,
+            phases=0,
+            failure="Traceback",
+            steps=0,
+            actions=np.zeros((0, 2), np.float32),
         ),
     ]
     summary = summarize(episodes)
