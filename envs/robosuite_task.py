@@ -190,6 +190,7 @@ class RobosuiteTask(Task):
         self.data.qpos[:] = state[1 : 1 + nq]
         self.data.qvel[:] = state[1 + nq :]
         mujoco.mj_fwdPosition(self.model, self.data)
+        self._refresh_controllers()
 
     def observe(self) -> dict[str, np.ndarray]:
         """The observation of the present state, for states that were set rather than stepped to."""
@@ -203,6 +204,7 @@ class RobosuiteTask(Task):
         self._world.reset()
         if self.MODEL_IS_DRAWN:
             self._model_changed()
+        self._refresh_controllers()
 
     def _control(self, action: np.ndarray) -> None:
         # As the step of robosuite's environment does, less its observables, which are asked for when they are needed.
@@ -246,6 +248,7 @@ class RobosuiteTask(Task):
         robot = self._world.robots[0]
         robot.part_controllers["right"].initial_joint = state["rest_joints"].copy()
         robot.gripper["right"].current_action = state["fingers"].copy()
+        self._refresh_controllers()
 
     def _render(self) -> np.ndarray:
         return self.image(self.RENDER_CAMERA, self.RENDER_SIZE)
@@ -292,6 +295,11 @@ class RobosuiteTask(Task):
     def _relative_to(self, names: tuple[str, ...]) -> tuple[str, ...]:
         needed = "world_pose_in_gripper"
         return (needed,) if any("_to_robot0" in name for name in names) else ()
+
+    def _refresh_controllers(self) -> None:
+        # After a reset a controller computes its first torques from what it saw while it was built.
+        for controller in self._world.robots[0].part_controllers.values():
+            controller.new_update = True
 
     def _model_changed(self) -> None:
         self.close()
