@@ -18,9 +18,8 @@ from torch import Tensor
 
 from driftfield.training import option, run_program
 from driftfield.training.atomic_file import write_json
-from vision.config import Device
+from driftfield.training.device import Device, choose_device
 from vision.data import to_uint8
-from vision.device import choose_device
 from vision.generator import PRESETS, ImageGenerator
 from vision.sample import compile_networks, images_in_batches, inputs_in_batches, sample
 from vision.sample_files import PngFolder

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from driftfield.training import generator, load_config, option, run_program
 from driftfield.training.atomic_file import write_json
+from driftfield.training.device import choose_device
 from vision.config import CONFIG_DIR as VISION_CONFIG_DIR
 from vision.config import Device, TrainConfig
-from vision.device import choose_device
 from vision.encoders import load_encoder
 from vision.train import Training
 

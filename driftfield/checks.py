@@ -18,10 +18,10 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         ValueError: it is not.
 
     >>> from driftfield.kernel import NormalizeOver
-    >>> check_choice("normalize_over", "x", NormalizeOver)
+    >>> check_choice("normalize_over", "z", NormalizeOver)
     Traceback (most recent call last):
     ...
-    ValueError: normalize_over must be one of 'xy', 'y', 'none', got 'x'
+    ValueError: normalize_over must be one of 'xy', 'y', 'x', 'none', got 'z'
     """
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")

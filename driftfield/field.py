@@ -16,6 +16,7 @@ def weighted_drift(
     negative_weight: Tensor | None = None,
     attraction: float = 1.0,
     repulsion: float = 1.0,
+    cross_weights: bool = True,
 ) -> Tensor:
     """V = W+ y+ - W- y-, every target taken relative to x (Eq. 10-11, Alg. 2).
 
@@ -26,6 +27,7 @@ def weighted_drift(
         num_negatives: M, how many of the T targets repel.
         negative_weight: `[..., M]`; 1 if absent.
         attraction, repulsion: factors on V+ and V- (Table 1).
+        cross_weights: multiply the affinity to each side by the sum of that to the other (Eq. 11).
 
     Returns:
         V, `[..., N, D]`.
@@ -37,8 +39,11 @@ def weighted_drift(
     negative, positive = affinity[..., :num_negatives], affinity[..., num_negatives:]
     if negative_weight is not None:  # after the normalisation, so that it acts linearly and 0 removes a sample
         negative = negative * negative_weight[..., None, :]
-    attract = positive * (attraction * negative.sum(-1, keepdim=True))  # W+ = A+ ΣA-  [..., N, P]
-    repel = negative * (-repulsion * positive.sum(-1, keepdim=True))  # -W- = -A- ΣA+  [..., N, M]
+    if cross_weights:
+        attract = positive * (attraction * negative.sum(-1, keepdim=True))  # W+ = A+ ΣA-  [..., N, P]
+        repel = negative * (-repulsion * positive.sum(-1, keepdim=True))  # -W- = -A- ΣA+  [..., N, M]
+    else:
+        attract, repel = positive * attraction, negative * -repulsion
     coefficient = torch.cat([repel, attract], -1)  # [..., N, T]
     # Σ coefficient (y - x), without an intermediate of that size
     return torch.addcmul(coefficient @ targets, coefficient.sum(-1, keepdim=True), x, value=-1.0)
@@ -72,7 +77,11 @@ def drifting_field(
         mask_self: `negatives[..., :N, :]` is x itself, and a sample does not count itself. This is what makes V vanish
             on average where the other samples and the positives are fresh draws of one distribution (with "xy" up to a
             small bias, as masked columns have one entry less); without it every sample is drawn inwards.
-        normalize_over: "xy", "y" or "none" (Table 11).
+        normalize_over: "xy", "y" or "none" (Table 11); or "x", which is not the paper's: a softmax over x alone, and
+            no product with the other side's sum. Every positive then shares one unit of pull among the samples, the
+            nearest first, so that one positive per group does not pull all of them alike. With `repulsion=0` that is
+            a step of EM for the likelihood of the positives under a mixture of kernels centred at x: V vanishes where
+            every sample is the mean of the positives in its share.
         affinity_floor: lower bound of the squared affinity; the release's loss has 1e-6.
         attraction, repulsion: factors on V+ and V- (Table 1).
 
@@ -101,7 +110,7 @@ def drifting_field(
         raise ValueError(
             f"mask_self expects x among the negatives: at least {num_samples} negatives, got {num_negatives}"
         )
-    if mask_self and num_negatives == 1 and affinity_floor == 0:
+    if mask_self and num_negatives == 1 and affinity_floor == 0 and repulsion != 0:
         raise ValueError("mask_self leaves no negative: with one sample give another negative, or an affinity_floor")
     dtype = working_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -122,5 +131,6 @@ def drifting_field(
             negative_weight=None if negative_weight is None else negative_weight.detach().to(dtype),
             attraction=attraction,
             repulsion=repulsion,
+            cross_weights=normalize_over != "x",
         )
         return (drift * unit).to(x.dtype)

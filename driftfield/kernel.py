@@ -7,7 +7,7 @@ from torch import Tensor
 
 SQUARED_DISTANCE_FLOOR = 1e-8  # the release's; keeps coinciding points at distance 1e-4
 
-NormalizeOver = Literal["xy", "y", "none"]
+NormalizeOver = Literal["xy", "y", "x", "none"]
 
 
 class CentredPoints(NamedTuple):
@@ -82,7 +82,7 @@ def affinity(
         distance: `[..., N, T]`.
         temperature: in the unit of `distance`, > 0.
         normalize_over: "xy": geometric mean of the softmax over targets and the softmax over x; "y": softmax over
-            targets; "none": the bare kernel.
+            targets; "x": softmax over x; "none": the bare kernel.
         mask_self: the first N targets are x itself; a sample has no affinity to itself.
         floor: lower bound of the squared affinity (the release: 1e-6).
 
@@ -99,5 +99,5 @@ def affinity(
         logits = logits.masked_fill(self_pair, torch.finfo(logits.dtype).min)
     if normalize_over == "xy":
         return (logits.softmax(-1) * logits.softmax(-2)).clamp(min=floor).sqrt()
-    kernel = logits.softmax(-1) if normalize_over == "y" else logits.exp()
+    kernel = logits.exp() if normalize_over == "none" else logits.softmax(-1 if normalize_over == "y" else -2)
     return kernel.clamp(min=floor**0.5)

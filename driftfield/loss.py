@@ -83,8 +83,9 @@ class DriftingLoss(nn.Module):
         recipe: names the defaults of the three options below.
         normalize_features: divide features by their scale (Eq. 21). official: True; paper: False.
         normalize_drift: divide the drift of each τ by its norm λ (Eq. 25). official: True; paper: False.
-        affinity_floor: lower bound of the squared affinity. official: 1e-6; paper: 0.
-        normalize_over: "xy", "y" or "none" (Table 11).
+        affinity_floor: lower bound of the squared affinity. official: 1e-6, but 0 with "x"; paper: 0.
+        normalize_over: "xy", "y" or "none" (Table 11), or "x", see `drifting_field`: with one positive per group, "x"
+            and `repulsion=0` keep the modes that the others average.
         attraction, repulsion: factors on V+ and V- (Table 1).
         check_finite: refuse NaN and infinity in any argument; waits for the device at every call.
 
@@ -118,7 +119,8 @@ class DriftingLoss(nn.Module):
         official = recipe == "official"
         self.normalize_features = official if normalize_features is None else normalize_features
         self.normalize_drift = official if normalize_drift is None else normalize_drift
-        self.affinity_floor = (1e-6 if official else 0.0) if affinity_floor is None else affinity_floor
+        floor = 1e-6 if official and normalize_over != "x" else 0.0
+        self.affinity_floor = floor if affinity_floor is None else affinity_floor
         self.normalize_over: NormalizeOver = normalize_over
         self.attraction = attraction
         self.repulsion = repulsion
@@ -155,7 +157,7 @@ class DriftingLoss(nn.Module):
         batch = DriftingBatch(x, positives, unconditional, unconditional_weight)
         self._check(batch)
         if self.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
-            _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None)
+            _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None, self.normalize_over)
         with torch.autocast(x.device.type, enabled=False):
             pairs = _pairs(batch)  # frozen, and all that follows from it: only `moved` below carries a gradient
             if statistics is None:
@@ -234,6 +236,7 @@ class DriftingLoss(nn.Module):
                     negative_weight=pairs.negative_weight,
                     attraction=self.attraction,
                     repulsion=self.repulsion,
+                    cross_weights=self.normalize_over != "x",
                 )
             )
         return forces
@@ -253,7 +256,7 @@ class DriftingLoss(nn.Module):
         x, positives, unconditional, weight = batch
         check_points(x=x, positives=positives, **({} if unconditional is None else {"unconditional": unconditional}))
         check_weight("unconditional_weight", weight, "unconditional", unconditional)
-        if x.shape[-2] == 1 and unconditional is None and self.affinity_floor == 0:
+        if x.shape[-2] == 1 and unconditional is None and self.affinity_floor == 0 and self.repulsion != 0:
             raise ValueError("a group of one generated sample has nothing that repels it: give 2 or unconditional ones")
         if self.check_finite:
             check_finite(x=x, positives=positives, unconditional=unconditional, unconditional_weight=weight)
@@ -410,16 +413,19 @@ def _drift_norm(sums: Tensor) -> Tensor:
     return (sums[:-1] / sums[-1]).sqrt()  # λ, [temperatures]
 
 
-def _warn_of_regression(num_generated: int, num_positives: int, without_unconditional: bool) -> None:
+def _warn_of_regression(
+    num_generated: int, num_positives: int, without_unconditional: bool, normalize_over: NormalizeOver
+) -> None:
     if num_generated == 1 and without_unconditional:
         warnings.warn(
             "one generated sample per group has nothing to repel it: the loss is regression onto a mean of the "
             "positives. Give at least 2 generated samples per group.",
             stacklevel=CALLER_OF_MODULE,
         )
-    elif num_positives == 1 and num_generated >= 4:
+    elif num_positives == 1 and num_generated >= 4 and normalize_over != "x":
         warnings.warn(
             f"one positive and {num_generated} generated samples per group: all samples drift to the same point, which "
-            "is regression to the conditional mean. Give several positives per group.",
+            "is regression to the conditional mean. Give several positives per group, or normalize_over='x' with "
+            "repulsion=0.",
             stacklevel=CALLER_OF_MODULE,
         )

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from driftfield.training import Progress, RunFolder, StopRequest, UserError, fault_point, option, run_program, to_plain
-from vision.config import CONFIG_DIR, Device
+from driftfield.training.device import Device, choose_device
+from vision.config import CONFIG_DIR
 from vision.data import DataError, to_float
-from vision.device import choose_device
 from vision.imagenet import Classes, ImageFolder
 from vision.latent_files import (
     COMPLETE,

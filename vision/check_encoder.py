@@ -19,9 +19,9 @@ from driftfield.kernel import centre, distances
 from driftfield.loss import SCALE_FLOOR
 from driftfield.training import UserError, generator, option, run_program, to_plain
 from driftfield.training.atomic_file import write_json
-from vision.config import CONFIG_DIR, DataConfig, Device
+from driftfield.training.device import Device, choose_device
+from vision.config import CONFIG_DIR, DataConfig
 from vision.data import RealSamples
-from vision.device import choose_device
 from vision.encoders import FrozenEncoder, fingerprint, load_encoder
 from vision.features import Encoder, image_features, require_families
 from vision.mae import ResNetMAE

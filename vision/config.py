@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from driftfield.training import option
+from driftfield.training.device import Device
 from vision.data import DatasetName
 from vision.imagenet import Augmentation, Classes
 
 CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "vision"
-Device = Literal["auto", "cpu", "cuda"]
 DataName = Literal[DatasetName, "imagenet", "latents"]
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driftfield.training import UserError, option, run_program
+from driftfield.training.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from vision.config import CONFIG_DIR
 from vision.generator import ImageGenerator
 from vision.mae import ResNetMAE
-from vision.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from vision.release import ARRAYS_FILE, METADATA_FILE, RELEASE_PREFIX, RELEASED, download_release
 from vision.release_model import Converted, convert_release
 

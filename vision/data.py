@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from driftfield.training.errors import UserError
-from vision.visits import image_ids
+from driftfield.training.visits import sample_ids
 
 DatasetName = Literal["digits", "fashion_mnist"]
 Split = Literal["train", "test"]
@@ -152,7 +152,7 @@ class ImageSet:
 
     def read(self, visits: Tensor, *, seed: int = 0) -> Tensor:
         """Images of visits `[k]`, float32 in [-1, 1] `[k, C, H, W]`; the same at every visit, whatever the seed."""
-        return to_float(self.images[image_ids(visits, len(self))])
+        return to_float(self.images[sample_ids(visits, len(self))])
 
     def counts(self) -> Tensor:
         """Number of images of each class, `[classes]`."""

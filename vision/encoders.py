@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from driftfield.training.pretrained import WEIGHTS_FILE
 from vision.features import FAMILIES, Encoder, multi_scale_features, require_families
 from vision.mae import ResNetMAE
-from vision.pretrained import WEIGHTS_FILE
 from vision.release import download, first_line, require_files
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)

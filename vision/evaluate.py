@@ -14,9 +14,9 @@ from torch import Tensor
 
 from driftfield.training import ConfigError, UserError, from_plain, option, read_config, run_program
 from driftfield.training.atomic_file import write_json
-from vision.config import CONFIG_DIR, Device, JudgeConfig, TrainConfig
+from driftfield.training.device import Device, choose_device
+from vision.config import CONFIG_DIR, JudgeConfig, TrainConfig
 from vision.data import ImageSet, Split, load, to_float, to_uint8
-from vision.device import choose_device
 from vision.generator import ImageGenerator
 from vision.judge import SETTINGS, Judge, load_or_train
 from vision.metrics import EvaluationResult, evaluate_features

@@ -19,9 +19,10 @@ import torch
 
 from driftfield.training import ConfigError, Progress, RunFolder, UserError, option, read_config, run_program
 from driftfield.training.atomic_file import parse_json, write_json
+from driftfield.training.device import Device, choose_device
 from driftfield.training.distributed import any_process, barrier, is_main, process_group, require_equal
-from vision.config import CONFIG_DIR, Device
-from vision.device import choose_device
+from driftfield.training.pretrained import CONFIG_FILE
+from vision.config import CONFIG_DIR
 from vision.encoders import fingerprint
 from vision.evaluate import SNAPSHOTS
 from vision.fid import (
@@ -39,7 +40,6 @@ from vision.fid import (
 from vision.generator import ImageGenerator
 from vision.inception import load_inception
 from vision.measure import Figures, Measurement, process_share
-from vision.pretrained import CONFIG_FILE
 from vision.real import load_tokenizer
 from vision.tokenizer import Tokenizer
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from driftfield.training import generator
+from driftfield.training.visits import sample_ids
 from vision.data import DataError, to_float
-from vision.visits import image_ids
 
 Classes = Literal["imagenet", "folders"]
 Augmentation = Literal["none", "flip", "crop"]
@@ -108,7 +108,7 @@ class ImageFolder:
 
     def read_bytes(self, visits: Tensor, *, seed: int) -> Tensor:
         """The same as uint8, a quarter of the memory: a GPU makes floats of them faster than a CPU."""
-        image_ids(visits, len(self))
+        sample_ids(visits, len(self))
         looks = [(seed, visit) for visit in visits.tolist()]
         pixels = self._recent.get(looks, lambda absent: self._pool.map(self._look, absent))
         return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, *self.sample_shape).byte()

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from driftfield.training.atomic_file import parse_json, to_json, write_json
+from driftfield.training.pretrained import WEIGHTS_FILE
 from driftfield.training.schedule import warmup_constant
 from driftfield.training.seeding import derive_seed, generator
 from vision.data import ImageSet, to_float
-from vision.pretrained import WEIGHTS_FILE, Pretrained
+from vision.pretrained import Pretrained
 
 RECORD_FILE = "judge.json"
 RECIPE = 1  # to be raised when this file's architecture or training changes, so that no older cache is used

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from driftfield.training import generator, to_plain
+from driftfield.training.visits import sample_ids
 from vision.data import DataError
 from vision.latent_files import COMPLETE, MENDING, VARIANTS, LatentFiles, LatentHeader, open_store, read_labels
 from vision.tokenizer import Tokenizer
-from vision.visits import image_ids
 
 
 class LatentStore:
@@ -107,7 +107,7 @@ class LatentStore:
         Returns:
             `[k, c, h, w]` float32 on the CPU.
         """
-        ids = image_ids(visits, len(self)).tolist()
+        ids = sample_ids(visits, len(self)).tolist()
         reads = sorted(map(_Read, ids, range(len(ids)), visits.tolist()))
         records = self._files.empty(len(reads))
         noise = torch.empty(len(reads), *self.sample_shape)

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from driftfield.training import Progress, UserError, option, run_program
 from driftfield.training.atomic_file import write_json
-from vision.config import CONFIG_DIR, Device, TrainConfig
+from driftfield.training.device import Device, choose_device
+from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import RealSamples, to_uint8
-from vision.device import choose_device
 from vision.encoders import load_encoder
 from vision.evaluate import MODEL, config_of_run, judged_splits, load_judge
 from vision.features import Encoder

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from driftfield.training.atomic_file import write_json
+from driftfield.training.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from vision.class_names import CLASS_NAMES_FILE, class_names, label_ids
 from vision.data import to_uint8
 from vision.generator import ImageGenerator
-from vision.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE
+from vision.pretrained import HUB_ID
 from vision.release import download
 from vision.sample import BATCH_SIZE, VAE_FOLDER, require_decoder, sample
 from vision.tiny_decoder import TinyDecoder

@@ -4,17 +4,15 @@ import inspect
 import os
 import re
 import tempfile
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
-import safetensors
-import safetensors.torch
 from torch import nn
 
-from driftfield.training.atomic_file import TEMPORARY_PREFIX, parse_json, sync, write_json, write_text
+from driftfield.training.atomic_file import write_text
+from driftfield.training.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_arguments, read_weights, write_model
 from vision.model_card import model_card
 from vision.release import (
     ARRAYS_FILE,
@@ -28,8 +26,6 @@ from vision.release import (
 from vision.release_layout import MODELS
 from vision.release_model import convert_release
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
@@ -48,10 +44,7 @@ class Pretrained(nn.Module):
         Raises:
             OSError: if the disk refuses; a file is then as it was.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(folder / WEIGHTS_FILE, self)
-        write_json(folder / CONFIG_FILE, {"model": type(self).__name__, "arguments": self.config})
+        write_model(Path(folder), self, type(self).__name__, self.config)
 
     def push_to_hub(
         self,
@@ -122,18 +115,7 @@ class Pretrained(nn.Module):
             The model; every weight of the file is used and none of the model is left as it was.
         """
         folder = _folder_of(source, revision, cls)
-        config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-        try:
-            model = cls(**_read_arguments(config, cls.__name__))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config}: {error}") from error
-        try:
-            model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{weights}: not a whole safetensors file ({error})") from error
-        except RuntimeError as error:
-            raise ValueError(f"{weights}: the weights do not fit the model of {CONFIG_FILE}: {error}") from error
-        return model.eval()
+        return read_weights(folder, lambda: cls(**read_arguments(folder, cls.__name__)))
 
 
 def _folder_of(source: str | os.PathLike[str], revision: str | None, model: type[nn.Module]) -> Path:
@@ -174,30 +156,6 @@ def _converted(name: str, revision: str | None, model: type[nn.Module]) -> Path:
     if not all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE)):
         convert_release(download_release(name, revision=revision), folder, models=(model,))
     return folder
-
-
-def _read_arguments(path: Path, model: str) -> dict[str, Any]:
-    config = parse_json(path.read_bytes())
-    if not isinstance(config, dict) or config.keys() != {"model", "arguments"}:
-        raise ValueError("expected an object with the keys 'model' and 'arguments'")
-    if config["model"] != model:
-        raise ValueError(f"expected the config of {model}, found that of {config['model']}")
-    if not isinstance(config["arguments"], dict):
-        raise ValueError(f"arguments: expected an object, found {config['arguments']!r}")
-    return config["arguments"]
-
-
-def _write_weights(path: Path, model: nn.Module) -> None:
-    """Write next to the path, then rename, so that a reader sees the old file or the new one."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex}")
-    try:
-        aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        sync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _first_sentence(kind: type) -> str:

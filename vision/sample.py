@@ -18,9 +18,9 @@ from torch import Tensor
 
 from driftfield.training import Progress, UserError, option, run_program
 from driftfield.training import generator as seeded_generator
+from driftfield.training.device import Device, choose_device
 from vision.class_names import class_names, label_ids
-from vision.config import CONFIG_DIR, Device
-from vision.device import choose_device
+from vision.config import CONFIG_DIR
 from vision.generator import ImageGenerator
 from vision.sample_files import open_sample_files
 from vision.tiny_decoder import TinyDecoder

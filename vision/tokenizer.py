@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision.pretrained import CONFIG_FILE, HUB_ID
+from driftfield.training.pretrained import CONFIG_FILE
+from vision.pretrained import HUB_ID
 from vision.release import download
 
 SD_VAE: Final = "stabilityai/sd-vae-ft-mse"  # latents of all of the paper's latent models

@@ -51,9 +51,10 @@ from driftfield.training import (
     warmup_constant,
 )
 from driftfield.training.atomic_file import write_json
+from driftfield.training.device import choose_device
+from driftfield.training.visits import Epochs, sample_ids
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import RealSamples, require_per_class
-from vision.device import choose_device
 from vision.encoders import load_encoder
 from vision.evaluate import MODEL, SNAPSHOTS, Judgement, judged_splits, table
 from vision.features import Encoder, family_of, group_by_label, image_features
@@ -64,7 +65,6 @@ from vision.real_features import RealFeatures
 from vision.sample import draw_inputs, sample
 from vision.tokenizer import Tokenizer
 from vision.train_mae import trained_mae
-from vision.visits import Epochs, image_ids
 
 BETAS: Final = (0.9, 0.95)  # A.9
 PICTURE_ROWS: Final = 10  # images of each class in the pictures of training
@@ -211,7 +211,7 @@ class Training:
         return self._push(self._epochs(self.step_number * count, count))[: self.config.labels_per_step]
 
     def _push(self, visits: Tensor) -> Tensor:
-        labels = self.real.labels[image_ids(visits, len(self.real))]
+        labels = self.real.labels[sample_ids(visits, len(self.real))]
         self.queue.push(visits, labels)
         self.unconditional_queue.push(visits, torch.zeros_like(labels))
         return labels

@@ -35,14 +35,14 @@ from driftfield.training import (
     to_yaml,
     warmup_constant,
 )
+from driftfield.training.device import choose_device
+from driftfield.training.visits import Epochs, sample_ids
 from vision.config import CONFIG_DIR, EncoderConfig, TrainConfig
 from vision.data import RealSamples
-from vision.device import choose_device
 from vision.mae import MAELoss, ResNetMAE
 from vision.pictures import save_grid
 from vision.real import Reader, load_real, load_tokenizer
 from vision.tokenizer import Tokenizer
-from vision.visits import Epochs, image_ids
 
 BETAS: Final = (0.9, 0.95)
 WEIGHTS: Final = "model"  # folder of the finished encoder inside its run folder
@@ -220,7 +220,7 @@ class MAETraining:
         draws = [generator(self.config.seed, "mask", self.step_number, slot) for slot in slots]
         one = batch.new_empty(1, *batch.shape[1:], device="cpu")  # only its shape is used
         mask = torch.cat([self.model.draw_mask(one, ratio=self.config.mask_ratio, generator=draw) for draw in draws])
-        labels = self.real.labels[image_ids(visits, len(self.real))].to(self.device) if classification_weight else None
+        labels = self.real.labels[sample_ids(visits, len(self.real))].to(self.device) if classification_weight else None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             return self._model_loss(batch, mask.to(self.device), labels, classification_weight=classification_weight)
 

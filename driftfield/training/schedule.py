@@ -1,5 +1,7 @@
 """Learning rate as a function of the samples seen, so that a changed batch size does not change its meaning."""
 
+import math
+
 
 def warmup_constant(
     samples_seen: int,
@@ -44,3 +46,26 @@ def warmup_constant(
         left = max(0, total_samples - samples_seen) / (cooldown_fraction * total_samples)
         rate *= min(1.0, left)
     return rate
+
+
+def warmup_cosine(
+    samples_seen: int, *, peak: float, warmup_samples: int, total_samples: int, start: float = 1e-6
+) -> float:
+    """Linear from ``start`` to ``peak``, then half a cosine down to 0 at the end (Diffusion Policy).
+
+    Args:
+        samples_seen, peak, warmup_samples, start: as for `warmup_constant`.
+        total_samples: length of the run, longer than the warm-up.
+
+    Raises:
+        ValueError: for a negative count, or a run that ends within its warm-up.
+
+    >>> [round(warmup_cosine(n, peak=1.0, warmup_samples=4, total_samples=12, start=0.0), 3) for n in (0, 2, 4, 8, 12)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if total_samples <= warmup_samples:
+        raise ValueError(f"total_samples: expected more than warmup_samples = {warmup_samples}, found {total_samples}")
+    if samples_seen < warmup_samples:
+        return warmup_constant(samples_seen, peak=peak, warmup_samples=warmup_samples, start=start)
+    done = min(1.0, (samples_seen - warmup_samples) / (total_samples - warmup_samples))
+    return peak * (1 + math.cos(math.pi * done)) / 2

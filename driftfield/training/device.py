@@ -1,11 +1,13 @@
 """The device that a program computes on."""
 
 import os
+from typing import Literal
 
 import torch
 
-from driftfield.training import UserError
-from vision.config import Device
+from driftfield.training.errors import UserError
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: Device) -> torch.device:

@@ -1,17 +1,17 @@
-"""Visits of images: the n-th look at an image has a number of its own, on which all its randomness depends."""
+"""Visits of samples: the n-th look at a sample has a number of its own, on which all its randomness depends."""
 
 import torch
 from torch import Tensor
 
-from driftfield.training import generator
+from driftfield.training.seeding import generator
 
 
-def image_ids(visits: Tensor, count: int) -> Tensor:
-    """The image that each visit looks at: visit = epoch * count + id.
+def sample_ids(visits: Tensor, count: int) -> Tensor:
+    """The sample that each visit looks at: visit = epoch * count + id.
 
     Args:
         visits: `[k]` int64.
-        count: images in all.
+        count: samples in all.
 
     Raises:
         ValueError: a wrong shape or dtype, or a negative visit.
@@ -19,7 +19,7 @@ def image_ids(visits: Tensor, count: int) -> Tensor:
     Returns:
         Ids in 0 .. count - 1, `[k]` int64.
 
-    >>> image_ids(torch.tensor([3, 13, 29]), 10).tolist()
+    >>> sample_ids(torch.tensor([3, 13, 29]), 10).tolist()
     [3, 3, 9]
     """
     if visits.dtype != torch.int64 or visits.ndim != 1:
