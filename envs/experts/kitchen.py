@@ -51,7 +51,7 @@ Primitive = Callable[[Kitchen, np.random.Generator], list[Waypoint]]
 
 def push_kettle(task: Kitchen, np_random: np.random.Generator) -> list[Waypoint]:
     """Push the kettle's body over to the far burner with closed fingers."""
-    x, y = task.data.body("kettle").xpos[:2] + np_random.uniform([-0.01, 0.0], [0.02, 0.0])
+    x, y = task.data.body("kettle").xpos[:2] + np_random.uniform([-0.025, 0.0], [-0.005, 0.0])
     end = np_random.uniform(0.42, 0.47)
     return [
         Waypoint((x, min(y - 0.20, 0.18), 1.75), pitch=-0.4),
@@ -64,12 +64,12 @@ def push_kettle(task: Kitchen, np_random: np.random.Generator) -> list[Waypoint]
 def turn_burner(task: Kitchen, np_random: np.random.Generator) -> list[Waypoint]:
     """Push the upper end of the bottom knob's blade to the right."""
     x, _, z = task.data.xanchor[task.model.joint("knob_Joint_2").id]
-    y, above = np_random.uniform(0.592, 0.608), np_random.uniform(0.038, 0.042)
+    y, above = np_random.uniform(0.593, 0.605), np_random.uniform(0.038, 0.042)
     left = x - np_random.uniform(0.045, 0.06)
     return [
         Waypoint((left, 0.45, z + above)),
         Waypoint((left, y, z + above)),
-        Waypoint((x + 0.056, y, z + above), speed=0.02, hold=8),
+        Waypoint((x + 0.12, y, z + above), speed=0.02, hold=3),
         Waypoint((x + 0.016, 0.45, z + 0.04)),
     ]
 
