@@ -4,9 +4,10 @@ zarr gives the values of a chunk that is not there as the fill value and says no
 """
 
 import math
+import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -18,6 +19,7 @@ from policy.data_error import DataError, available
 
 # What zarr and its codecs raise on damaged files; a codec's own error is a RuntimeError or a ValueError.
 ZARR_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, zlib.error)
+METADATA: Final = ("zarr.json", ".zarray")  # of an array; the first also of a group
 
 
 class ZarrStore:
@@ -42,7 +44,8 @@ class ZarrStore:
                 self._zip = ZipStore(path)
             self._group: Any = zarr.open_group(self._zip or path, mode="r")
             self.attributes: dict[str, Any] = dict(self._group.attrs.asdict())
-            self._arrays: dict[str, Any] = dict(self._walk("", self._group))
+            self._files = _files_of(path)
+            self._arrays: dict[str, Any] = dict(self._find_arrays())
         except (*ZARR_ERRORS, zipfile.BadZipFile) as error:
             self.close()
             raise DataError(f"{path}: expected a zarr group, found {type(error).__name__}: {error}") from error
@@ -88,28 +91,31 @@ class ZarrStore:
         except ZARR_ERRORS as error:
             raise DataError(f"{self.path}: array {name}: {_damage(array, shape, error)}") from error
 
-    def _walk(self, prefix: str, group: Any) -> Iterator[tuple[str, Any]]:
-        for name, member in group.members():
-            if isinstance(member, zarr.Group):
-                yield from self._walk(f"{prefix}{name}/", member)
-            else:
-                yield f"{prefix}{name}", member
+    def _find_arrays(self) -> Iterator[tuple[str, Any]]:
+        """Every array; zarr's own search leaves out those whose metadata are damaged."""
+        for folder, _, name in (file.rpartition("/") for file in self._files):
+            if folder and name in METADATA:
+                member = self._group[folder]
+                if isinstance(member, zarr.Array):
+                    yield folder, member
 
     def _require_chunks(self, name: str, array: Any, shape: tuple[int, ...]) -> None:
-        exists = self._exists()
         grid = _grid(array, shape)
-        for chunk in np.ndindex(*grid):  # one by one: damaged metadata may say billions
+        for chunk in _chunks(grid):
             key = array.metadata.encode_chunk_key(chunk)
-            if not exists(f"{name}/{key}"):
+            if f"{name}/{key}" not in self._files:
                 raise DataError(
                     f"{self.path}: array {name}: expected {math.prod(grid)} chunks, found that chunk {key} is missing"
                 )
 
-    def _exists(self) -> Callable[[str], bool]:
-        if self.path.is_file():
-            with zipfile.ZipFile(self.path) as archive:
-                return set(archive.namelist()).__contains__
-        return lambda key: (self.path / key).is_file()
+
+def _files_of(path: Path) -> frozenset[str]:
+    """Names of all files of a store, with '/' between folders."""
+    if path.is_file():
+        with zipfile.ZipFile(path) as archive:
+            return frozenset(archive.namelist())
+    found = ((Path(folder).relative_to(path), names) for folder, _, names in os.walk(path))
+    return frozenset((folder / name).as_posix() for folder, names in found for name in names)
 
 
 def _grid(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,10 +123,20 @@ def _grid(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-length // size) for length, size in zip(shape, array.shards or array.chunks, strict=True))
 
 
+def _chunks(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Coordinates of the chunks of a grid, one by one: damaged metadata may promise more than the memory holds."""
+    for number in range(math.prod(grid)):
+        chunk = []
+        for length in reversed(grid):
+            number, coordinate = divmod(number, length)
+            chunk.append(coordinate)
+        yield tuple(reversed(chunk))
+
+
 def _damage(array: Any, shape: tuple[int, ...], error: Exception) -> str:
     """Which chunk it is that cannot be read, and why."""
     sizes = array.shards or array.chunks
-    for chunk in np.ndindex(*_grid(array, shape)):
+    for chunk in _chunks(_grid(array, shape)):
         try:
             array[tuple(slice(i * size, (i + 1) * size) for i, size in zip(chunk, sizes, strict=True))]
         except ZARR_ERRORS as reason:
