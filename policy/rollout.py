@@ -27,6 +27,7 @@ import envs
 from driftfield.training import Progress, UserError, generator
 from policy.rollout_worker import SCRIPT, CannotMake, Frames, Host, MakeEnvironment, Report, Setup
 
+MOST_FRAMES: Final = 150  # of an episode; a picture takes as long as hundreds of steps
 TRIES: Final = 3  # of an episode whose worker dies or hangs
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -164,13 +165,14 @@ def replay(
         RolloutError: they can't be drawn here.
 
     Returns:
-        Pictures of each episode.
+        Pictures of each episode, at one rate and at most `MOST_FRAMES` + 1 of each.
     """
+    every = math.ceil(max((episode.steps for episode in episodes), default=1) / MOST_FRAMES)
     worker = _Worker(Setup(make, task, dict(task_options or {}), obs_steps=1))
     try:
         shown = []
         for episode in episodes:
-            worker.command(0, "frames", (episode.seed, episode.actions), timeout_s)
+            worker.command(0, "frames", (episode.seed, episode.actions, every), timeout_s)
             if not worker.connection.poll(timeout_s):
                 raise RolloutError(f"{task} can't be drawn: its worker gave no answer in {timeout_s:g} s")
             answer = worker.connection.recv()

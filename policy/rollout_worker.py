@@ -64,8 +64,9 @@ class Report(NamedTuple):
 class Frames(NamedTuple):
     """An episode to look at."""
 
-    pictures: np.ndarray  # uint8 [steps + 1, H, W, 3]
-    control_hz: float
+    pictures: np.ndarray  # uint8 [n, H, W, 3]
+    steps: tuple[int, ...]  # [n], after how many control steps each was taken; the last is the episode's end
+    hz: float  # pictures per second of the robot's time
 
 
 class CannotMake(Exception):
@@ -113,28 +114,31 @@ class Host:
         self._guarded(row, self._episodes[row].execute, actions)
         return self._episodes[row].report()
 
-    def frames(self, seed: int, actions: np.ndarray) -> Frames:
+    def frames(self, seed: int, actions: np.ndarray, every: int) -> Frames:
         """Show an episode by executing its actions again in an environment made for that.
 
         Args:
             seed: of the initial state.
             actions: all that the episode executed, `[steps, A]`.
+            every: steps between two pictures.
 
         Raises:
             CannotMake: it can't be drawn.
 
         Returns:
-            A picture before each action and one after the last, the larger side at most `FRAME_SIDE`.
+            Pictures of the initial state and of what follows, the larger side at most `FRAME_SIDE`.
         """
         environment = self._make(render_mode="rgb_array")
         try:
             episode = _RunningEpisode(environment, self._setup.obs_steps)
             episode.reset(seed)
-            pictures = [_picture(environment)]
-            for action in actions:
-                episode.execute(action[np.newaxis])
+            steps, pictures = [0], [_picture(environment)]
+            for start in range(0, len(actions), every):
+                episode.execute(actions[start : start + every])
+                steps.append(min(start + every, len(actions)))
                 pictures.append(_picture(environment))
-            return Frames(np.stack(pictures), float(environment.get_wrapper_attr("CONTROL_HZ")))
+            hz = float(environment.get_wrapper_attr("CONTROL_HZ")) / every
+            return Frames(np.stack(pictures), tuple(steps), hz)
         except Exception as error:
             raise CannotMake(f"{type(error).__name__}: {error}") from error
         finally:

@@ -52,7 +52,7 @@ def write_video(path: Path, episodes: Sequence[Episode], frames: Sequence[Frames
     Returns:
         What was written: `path`, or `NAME.gif` with one warning where there is no encoder.
     """
-    hz = frames[0].control_hz
+    hz = frames[0].hz
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{path.suffix}")
     try:
         _write_mp4(temporary, _canvases(episodes, frames, columns), hz)
@@ -75,10 +75,10 @@ def _canvases(episodes: Sequence[Episode], frames: Sequence[Frames], columns: in
     height, width = (side + 2 * BORDER for side in frames[0].pictures.shape[1:3])
     rows, used = max(row for row, _ in cells) + 1, max(column for _, column in cells) + 1
     size = [-(-side // BLOCK) * BLOCK for side in (rows * (height + CAPTION_HEIGHT), used * width)]
-    for step in range(max(len(shown.pictures) for shown in frames)):
+    for index in range(max(len(shown.pictures) for shown in frames)):
         canvas = np.full((*size, 3), 255, np.uint8)
         for episode, shown, (row, column) in zip(episodes, frames, cells, strict=True):
-            panel = _panel(episode, shown.pictures, step)
+            panel = _panel(episode, shown, index)
             top, left = row * len(panel), column * width
             canvas[top : top + len(panel), left : left + width] = panel
         yield canvas
@@ -96,19 +96,21 @@ def _places(episodes: Sequence[Episode], columns: int) -> list[tuple[int, int]]:
     return places
 
 
-def _panel(episode: Episode, pictures: np.ndarray, step: int) -> np.ndarray:
-    """One episode at one step, with caption and border."""
-    at = min(step, len(pictures) - 1)
-    ended = at == len(pictures) - 1
+def _panel(episode: Episode, shown: Frames, index: int) -> np.ndarray:
+    """One episode's picture of one moment, with caption and border."""
+    index = min(index, len(shown.pictures) - 1)
+    picture, ended = shown.pictures[index], index == len(shown.pictures) - 1
     outcome = "success" if episode.success else "diverged" if episode.diverged else "no success"
     color = RUNNING if not ended else SUCCESS if episode.success else FAILURE
-    height, width = (side + 2 * BORDER for side in pictures.shape[1:3])
+    height, width = (side + 2 * BORDER for side in picture.shape[:2])
     image = Image.new("RGB", (width, height + CAPTION_HEIGHT), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, CAPTION_HEIGHT, width, height + CAPTION_HEIGHT), fill=color)
-    text = f"seed {episode.seed}\nstep {at}/{episode.steps}" + (f": {outcome}, {episode.score:.2f}" if ended else "")
+    text = f"seed {episode.seed}\nstep {shown.steps[index]}/{episode.steps}" + (
+        f": {outcome}, {episode.score:.2f}" if ended else ""
+    )
     draw.multiline_text((BORDER, 1), text, fill=color, spacing=1)
-    image.paste(Image.fromarray(pictures[at]), (BORDER, CAPTION_HEIGHT + BORDER))
+    image.paste(Image.fromarray(picture), (BORDER, CAPTION_HEIGHT + BORDER))
     return np.asarray(image)
 
 

@@ -210,6 +210,7 @@ def test_an_episode_that_loses_three_workers_is_named(fault: str, what: str) -> 
         run(task_options={fault: (100001,)}, workers=1)
 
 
+@pytest.mark.slow
 def test_an_episode_that_hangs_thrice_is_named() -> None:
     start = time.monotonic()
     with pytest.raises(RolloutError, match="seed 7 of stub: its worker gave no answer in time"):
@@ -261,7 +262,15 @@ def test_pictures_come_from_the_executed_actions_and_are_small() -> None:
     shown = replay(episodes, "stub", task_options={"picture": 600}, make=make)
     assert [frames.pictures.shape for frames in shown] == [(12, 192, 192, 3), (13, 192, 192, 3)]
     assert shown[0].pictures[:, 0, 0, 0].tolist() == [20 * step for step in range(12)]
-    assert shown[0].control_hz == 20
+    assert shown[0].steps == tuple(range(12)) and shown[0].hz == 20
+
+
+def test_a_long_episode_is_drawn_at_a_lower_rate_up_to_its_end() -> None:
+    episodes = run([0, 1], task_options={"length": 400})
+    shown = replay(episodes, "stub", task_options={"length": 400}, make=make)
+    assert [frames.hz for frames in shown] == [pytest.approx(20 / 3)] * 2
+    assert shown[0].steps[:3] == (0, 3, 6) and shown[0].steps[-2:] == (399, 400)
+    assert len(shown[1].pictures) == len(shown[1].steps) == 135
 
 
 @pytest.mark.parametrize(("fault", "message"), [("raises", "ImportError: there is no OpenGL"), ("dies", "by SIGSEGV")])

@@ -60,6 +60,7 @@ def test_wilson_refuses_what_is_no_count(arguments: tuple[int, int]) -> None:
 
 
 def test_a_summary_counts_everything_once() -> None:
+    nothing = np.zeros((0, 2), np.float32)
     episodes = [
         episode(seed=0),
         episode(seed=1, score=0.5, success=False, phases=1, clipped=10, retries=2),
@@ -71,7 +72,7 @@ def test_a_summary_counts_everything_once() -> None:
             phases=0,
             failure="Traceback",
             steps=0,
-            actions=np.zeros((0, 2), np.float32),
+            actions=nothing,
         ),
     ]
     summary = summarize(episodes)

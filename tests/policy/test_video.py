@@ -36,7 +36,11 @@ def episode(seed: int, *, success: bool, steps: int = 5, failure: str | None = N
 def frames_of(episodes: list[Episode], side: int = 60) -> list[Frames]:
     """Plain pictures: as bright as the step, times 10."""
     return [
-        Frames(np.stack([np.full((side, side, 3), 10 * step, np.uint8) for step in range(each.steps + 1)]), 20.0)
+        Frames(
+            pictures=np.stack([np.full((side, side, 3), 10 * step, np.uint8) for step in range(each.steps + 1)]),
+            steps=tuple(range(each.steps + 1)),
+            hz=20.0,
+        )
         for each in episodes
     ]
 

@@ -1,0 +1,240 @@
+"""Roll trained policies out in simulation: `python -m policy.evaluate run=runs/policy/arm_reach episodes=100`.
+
+An episode's initial state and noise follow from its seed, so no number depends on the number of workers. Writes
+RUN/evaluation/: eval_log.json (every episode, figures with intervals, versions, command), and a video of the first
+successes and failures.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from driftfield.training import Progress, RunFolder, UserError, option, run_program, to_plain
+from driftfield.training.atomic_file import parse_json, write_json
+from policy.policy import Policy, load_policy
+from policy.rollout import Episode, PolicyError, RolloutError, replay, rollout
+from policy.success import Summary, best_and_last, summarize, table
+from policy.video import choose, write_video
+
+CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "policy"
+MODEL: Final = "model"  # folder of the finished policy inside its run folder
+SNAPSHOTS: Final = "snapshots"  # folder inside a run: policies through training
+LOG, VIDEO = "eval_log.json", "episodes.mp4"
+SIMULATORS: Final = ("mujoco", "gymnasium", "robosuite", "gymnasium-robotics")  # scores differ between versions
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Keys of `python -m policy.evaluate`."""
+
+    run: Path = option("folder of a run of policy.train, or of a saved policy")
+    snapshots: int = option("newest snapshots of the run to roll out as well, for `max / last10`", min=0)
+    episodes: int = option("episodes of each policy", min=1)
+    first_seed: int = option("seed of the first episode; the next ones count up", min=0)
+    noise_seed: int = option("seed of the policy's noise", min=0)
+    workers: int = option("processes that simulate; 0: this one", min=0)
+    batch: int = option("episodes at once, each in an environment of its own; changes the last bits of actions", min=1)
+    device: Literal["auto", "cpu", "cuda"] = option("where the policy computes")
+    latency_episodes: int = option("episodes more, one at a time, whose predictions are timed", min=0)
+    show: int = option("successes in the video, and as many failures; 0: no video", min=0)
+    timeout_s: float = option("seconds for a reset or a slice after which a worker counts as hung", above=0)
+    failure_cap: float = option("share of episodes whose environment may raise", min=0, max=1)
+
+
+class Latency(NamedTuple):
+    """Seconds of a prediction for one robot: a chunk, of which the policy executes its slice."""
+
+    p50_s: float
+    p95_s: float
+    chunks: int
+
+
+class Evaluation(NamedTuple):
+    """A policy with its episodes.
+
+    Attributes:
+        name: of its folder inside the run.
+        episodes: in order of their seeds.
+        summary: their figures.
+        latency: with a batch of one; None if it was not asked for.
+        seconds: that the episodes took.
+    """
+
+    name: str
+    episodes: list[Episode]
+    summary: Summary
+    latency: Latency | None
+    seconds: float
+
+
+def main(config: EvaluateConfig) -> int:
+    """Evaluate the policies of a run."""
+    folders = _policies(config.run, config.snapshots)
+    may_change = [field.name for field in fields(config)]
+    with RunFolder(config.run / "evaluation", config, may_change=may_change) as folder:
+        evaluations: list[Evaluation] = []
+        for name, path in folders.items():
+            policy = _load(path, config.device)
+            try:
+                evaluations.append(_evaluate(config, name, policy))
+            except RolloutError as error:
+                if error.episodes:  # what there is helps to find out why
+                    evaluations.append(Evaluation(name, error.episodes, summarize(error.episodes), None, 0.0))
+                    write_json(folder.path / LOG, _record(config, folder.path, policy, evaluations))
+                raise UserError(str(error)) from error
+            except PolicyError as error:
+                raise UserError(f"{path}: {error}") from error
+            write_json(folder.path / LOG, _record(config, folder.path, policy, evaluations))
+        print(_report(config, policy, evaluations))
+        video = _show(config, policy, evaluations[-1], folder.path / VIDEO)
+    print(f"written: {', '.join(str(path) for path in (folder.path / LOG, video) if path is not None)}")
+    return 0
+
+
+def _policies(run: Path, snapshots: int) -> dict[str, Path]:
+    """Folders of policies by their names: the newest snapshots in order of training, then the finished one."""
+    if (run / "config.json").exists():
+        if snapshots:
+            raise UserError(f"snapshots: expected 0 for the folder of a single policy, {run}, found {snapshots}")
+        return {run.name: run}
+    found = sorted((run / SNAPSHOTS).glob("*/config.json"), key=lambda path: (len(path.parent.name), path))
+    if snapshots > len(found):
+        raise UserError(f"snapshots: expected at most the {len(found)} in {run / SNAPSHOTS}, found {snapshots}")
+    if not (run / MODEL / "config.json").exists():
+        raise UserError(f"run: expected the folder of a finished run of policy.train, or of a policy, found {run}")
+    chosen = [path.parent for path in found[len(found) - snapshots :]]
+    return {f"{SNAPSHOTS}/{path.name}": path for path in chosen} | {MODEL: run / MODEL}
+
+
+def _load(path: Path, device: str) -> Policy:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: expected a CUDA GPU, found none that PyTorch can use; device=cpu computes without")
+    try:
+        policy = load_policy(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"run: {error}") from error
+    return policy.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
+    seeds = range(config.first_seed, config.first_seed + config.episodes)
+    start = time.monotonic()
+    with Progress(len(seeds), unit="episodes") as progress:
+        episodes = _roll_out(config, policy, seeds, batch=config.batch, progress=progress)
+    seconds = time.monotonic() - start
+    return Evaluation(name, episodes, summarize(episodes), _latency(config, policy), seconds)
+
+
+def _roll_out(
+    config: EvaluateConfig, policy: Policy, seeds: Sequence[int], *, batch: int, progress: Progress | None = None
+) -> list[Episode]:
+    return rollout(
+        policy,
+        policy.task,
+        task_options=policy.task_options,
+        seeds=seeds,
+        workers=config.workers,
+        batch=batch,
+        noise_seed=config.noise_seed,
+        timeout_s=config.timeout_s,
+        failure_cap=config.failure_cap,
+        progress=progress,
+    )
+
+
+def _latency(config: EvaluateConfig, policy: Policy) -> Latency | None:
+    """Time predictions as one robot would ask for them; the first one warms up."""
+    seeds = range(config.first_seed, config.first_seed + min(config.latency_episodes, config.episodes))
+    times = [seconds for episode in _roll_out(config, policy, seeds, batch=1) for seconds in episode.latencies][1:]
+    if not times:
+        return None
+    median, late = np.quantile(times, [0.5, 0.95]).tolist()
+    return Latency(median, late, len(times))
+
+
+def _record(config: EvaluateConfig, folder: Path, policy: Policy, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """All that can be said of the evaluations so far, as plain data."""
+    start = parse_json((folder / "run.json").read_bytes())["starts"][-1]
+    return {
+        "task": policy.task,
+        "task_options": policy.task_options,
+        "config": to_plain(config),
+        "start": {**start, "versions": {**start["versions"], **_versions()}},
+        "protocol": protocol(evaluations),
+        "evaluations": [
+            {
+                "policy": each.name,
+                "summary": each.summary._asdict(),
+                "latency": None if each.latency is None else each.latency._asdict(),
+                "seconds": each.seconds,
+                "episodes": [
+                    {key: value for key, value in episode.to_plain().items() if key != "latencies"}
+                    for episode in each.episodes
+                ],
+            }
+            for each in evaluations
+        ],
+    }
+
+
+def protocol(evaluations: Sequence[Evaluation]) -> dict[str, Mapping[str, float]]:
+    """The numbers of Diffusion Policy's tables, `max` and `last10`, of every figure over a training's evaluations.
+
+    Args:
+        evaluations: at least one, in order of training.
+    """
+    summaries = [each.summary for each in evaluations]
+    figures = {"success": [each.success for each in summaries], "score": [each.score for each in summaries]}
+    figures |= {f"p{k}": [each.phases[k - 1] for each in summaries] for k in range(1, 1 + len(summaries[0].phases))}
+    return {name: best_and_last(values)._asdict() for name, values in figures.items()}
+
+
+def _versions() -> dict[str, str]:
+    installed = {distribution.name for distribution in metadata.distributions()}
+    return {name: metadata.version(name) for name in SIMULATORS if name in installed}
+
+
+def _report(config: EvaluateConfig, policy: Policy, evaluations: Sequence[Evaluation]) -> str:
+    last = evaluations[-1]
+    lines = [
+        f"{policy.task}, {config.episodes} episodes with seeds from {config.first_seed}, "
+        f"{len(last.episodes) / last.seconds:.3g} episodes/s",
+        table([(each.name, each.summary) for each in evaluations]),
+    ]
+    if len(evaluations) > 1:
+        lines += [
+            f"{name}: max {row['max']:.3f}, last10 {row['last10']:.3f}" for name, row in protocol(evaluations).items()
+        ]
+    if last.latency is not None:
+        p50, p95, chunks = last.latency
+        lines.append(f"latency of a chunk: p50 {1e3 * p50:.3g} ms, p95 {1e3 * p95:.3g} ms ({chunks} predictions)")
+    if last.summary.clipped:
+        lines.append(f"{last.summary.clipped:.2%} of the actions' entries lay outside the task's box and were clipped")
+    return "\n".join(lines)
+
+
+def _show(config: EvaluateConfig, policy: Policy, evaluation: Evaluation, path: Path) -> Path | None:
+    """Write the video; where it can't be drawn say so, since the numbers are there all the same."""
+    episodes = choose(evaluation.episodes, config.show)
+    if not episodes:
+        return None
+    try:
+        frames = replay(episodes, policy.task, task_options=policy.task_options, timeout_s=config.timeout_s)
+    except RolloutError as error:
+        _log.warning("no video: %s", error)
+        return None
+    return write_video(path, episodes, frames, columns=config.show)
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        run_program(main, EvaluateConfig, config_dir=CONFIG_DIR, config_name="evaluate", description=__doc__ or "")
+    )
