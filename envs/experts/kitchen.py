@@ -7,7 +7,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.kitchen import CONTROL_DT_S, ELEMENTS, HIGH, LOW, START_QPOS, Kitchen
+from envs.kitchen import CONTROL_DT_S, HIGH, LOW, START_QPOS, Kitchen
 from envs.task import Task
 
 Vector = NDArray[np.float64]
