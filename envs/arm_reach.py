@@ -137,10 +137,9 @@ class ArmReach(MujocoTask):
     def _observe(self) -> dict[str, np.ndarray]:
         arm = [self.data.qpos, self._tip]
         if self.observation == "image":
-            return {
-                "overhead": self.image("overhead", *IMAGE_SIZE, shadows=False),
-                "state": np.concatenate(arm, dtype=np.float32),
-            }
+            blank = np.zeros((*IMAGE_SIZE, 3), np.uint8)
+            image = self.image("overhead", *IMAGE_SIZE, shadows=False) if self.draws_images else blank
+            return {"overhead": image, "state": np.concatenate(arm, dtype=np.float32)}
         return {"state": np.concatenate([*arm, self._target, self._obstacle], dtype=np.float32)}
 
     def _outcome(self) -> Outcome:

@@ -63,6 +63,7 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.observation = observation
         self.render_mode = render_mode
         self.on_divergence = on_divergence
+        self.draws_images = True  # False: cameras show black, for steps whose observation nobody looks at
         self.seed = 0  # of the present episode's initial state
         self.steps = 0  # control steps of the present episode
         self._score = 0.0
@@ -228,7 +229,7 @@ def check_action(action: np.ndarray, space: gymnasium.Space[Any]) -> np.ndarray:
     checked = np.array(action, dtype=np.float64)
     if checked.shape != space.shape:
         raise ValueError(f"action: expected shape {space.shape}, got {checked.shape}")
-    if (checked >= space.low).all() and (checked <= space.high).all():  # NaN compares false
+    if np.isfinite(checked).all() and (checked >= space.low).all() and (checked <= space.high).all():
         return checked
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     wrong = ~(np.isfinite(checked) & (checked >= low - _slack(low)) & (checked <= high + _slack(high)))

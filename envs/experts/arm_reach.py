@@ -8,7 +8,7 @@ from envs.task import Task
 CLEARANCE = (0.02, 0.045)  # m, between the pin and the obstacle at their closest
 LEAD = (0.022, 0.038)  # m; how far ahead on its way the pin is sent, which sets its speed
 POINTS = 201  # of the way
-WIDTHS = np.linspace(0.0, 0.3, 301)  # m; how far a way can leave the straight line
+WIDTHS = np.linspace(0.0, 0.3, 151)  # m; how far a way can leave the straight line
 
 
 class ArmReachExpert:
@@ -57,9 +57,9 @@ def way_round(start: np.ndarray, end: np.ndarray, centre: np.ndarray, side: int,
     straight = start + s * (end - start)  # [POINTS, 2]
     wave = side * np.sin(np.pi * s) * left  # [POINTS, 2]
     ways = straight + WIDTHS[:, None, None] * wave  # [widths, POINTS, 2]
-    away = np.linalg.norm(ways - centre, axis=-1).min(axis=-1)  # [widths]
+    nearest_squared = ((ways - centre) ** 2).sum(axis=-1).min(axis=-1)  # [widths]
     # Beyond the last width that is too narrow on this side: a narrower one may pass on the other side.
-    beyond = int(np.max(np.nonzero(away < distance)[0], initial=-1)) + 1
+    beyond = int(np.max(np.nonzero(nearest_squared < distance**2)[0], initial=-1)) + 1
     if beyond == len(WIDTHS):
         raise ValueError(f"no way from {start} to {end} keeps {distance:g} m from {centre}")
     return ways[beyond]
