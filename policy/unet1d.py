@@ -9,6 +9,44 @@ from torch import Tensor, nn
 
 from policy.mlp import ActionNetwork, check_positive, check_step_dim, sinusoidal_embedding
 
+FEW_ROWS = 256  # of a product of matrices, chunks times actions: from here on PyTorch's convolution is no slower
+
+
+class Conv1d(nn.Conv1d):
+    """`nn.Conv1d` without dilation or groups, padded by half its size; few rows on a CPU as one product of matrices.
+
+    For a chunk or a few, PyTorch's convolution on a CPU takes a path that is some three times as slow.
+
+    >>> convolution = Conv1d(2, 3, 3, stride=2, padding=1)
+    >>> convolution(torch.randn(1, 2, 16)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _few_rows(x):
+            return super().forward(x)
+        (size,), (stride,), padding = self.kernel_size, self.stride, self.kernel_size[0] // 2
+        windows = F.pad(x, (padding, padding)).unfold(2, size, stride)  # [B, C, T', size]
+        return F.linear(windows.transpose(1, 2).flatten(2), self.weight.flatten(1), self.bias).transpose(1, 2)
+
+
+class Lengthen(nn.ConvTranspose1d):
+    """Transposed convolution of size 4 that doubles the length; few rows on a CPU as one product of matrices.
+
+    >>> Lengthen(2)(torch.randn(1, 2, 4)).shape
+    torch.Size([1, 2, 8])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not _few_rows(x):
+            return super().forward(x, output_size)
+        taps = F.linear(x.transpose(1, 2), self.weight.flatten(1).T).transpose(1, 2)  # [B, C 4, T]
+        folded = F.fold(taps, (1, 2 * x.shape[2]), (1, 4), padding=(0, 1), stride=(1, 2)).squeeze(2)
+        return folded if self.bias is None else folded + self.bias.unsqueeze(1)  # [B, C, 2 T]
+
 
 class ConvNormMish(nn.Sequential):
     """Convolution that keeps the length, group normalisation, Mish.
@@ -19,7 +57,7 @@ class ConvNormMish(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int, groups: int) -> None:
         super().__init__(
-            nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
+            Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
             nn.GroupNorm(groups, out_channels),
             nn.Mish(),
         )
@@ -49,7 +87,7 @@ class FiLMBlock(nn.Module):
         self.film = nn.Linear(cond_size, 2 * out_channels)
         self.second = ConvNormMish(out_channels, out_channels, kernel_size=kernel_size, groups=groups)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv1d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else Conv1d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.film(condition).unsqueeze(-1).chunk(2, dim=1)  # [B, out_channels, 1] each
@@ -127,14 +165,14 @@ class ConditionalUnet1D(ActionNetwork):
             return Level(in_channels, out_channels, cond_size=cond_size, kernel_size=kernel_size, groups=groups)
 
         self.down = nn.ModuleList(level(i, o) for i, o in pairwise((action_dim, *channels)))
-        self.shorten = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in channels[:-1])
+        self.shorten = nn.ModuleList(Conv1d(width, width, 3, stride=2, padding=1) for width in channels[:-1])
         self.middle = level(channels[-1], channels[-1])
         ups = list(pairwise(reversed(channels)))  # (1024, 512), (512, 256)
         self.up = nn.ModuleList(level(2 * i, o) for i, o in ups)
-        self.lengthen = nn.ModuleList(nn.ConvTranspose1d(o, o, 4, stride=2, padding=1) for _, o in ups)
+        self.lengthen = nn.ModuleList(Lengthen(o) for _, o in ups)
         self.out = nn.Sequential(
             ConvNormMish(channels[0], channels[0], kernel_size=kernel_size, groups=groups),
-            nn.Conv1d(channels[0], action_dim, 1),
+            Conv1d(channels[0], action_dim, 1),
         )
 
     def forward(self, x: Tensor, step: Tensor, cond: Tensor) -> Tensor:
@@ -157,3 +195,7 @@ class ConditionalUnet1D(ActionNetwork):
         for level, lengthen in zip(self.up, self.lengthen, strict=True):
             h = lengthen(level(torch.cat((h, skips.pop()), dim=1), condition))
         return self.out(h).transpose(1, 2)  # [B, T, A]
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.shape[0] * x.shape[2] <= FEW_ROWS

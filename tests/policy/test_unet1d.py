@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy.unet1d import ConditionalUnet1D, FiLMBlock
+from policy.unet1d import FEW_ROWS, ConditionalUnet1D, Conv1d, FiLMBlock, Lengthen
 
 
 def small(**options: Any) -> ConditionalUnet1D:
@@ -129,6 +129,31 @@ def test_a_block_is_its_formula() -> None:
     hidden = film[:, :8, None] * conv_norm_mish(block.first, x) + film[:, 8:, None]
     shortcut = torch.einsum("bit,oi->bot", x, block.shortcut.weight[:, :, 0]) + block.shortcut.bias[:, None]
     torch.testing.assert_close(block(x, condition), conv_norm_mish(block.second, hidden) + shortcut)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(5, 1), (3, 2), (1, 1), (3, 1)])
+@pytest.mark.parametrize("length", [2, 4, 16])
+def test_few_rows_are_convolved_as_many_are(size: int, stride: int, length: int) -> None:
+    torch.manual_seed(0)
+    convolution = Conv1d(6, 8, size, stride=stride, padding=size // 2).double()
+    _is_its_base(convolution, nn.Conv1d, torch.randn(3, 6, length).double())
+
+
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_few_rows_are_lengthened_as_many_are(length: int) -> None:
+    torch.manual_seed(0)
+    _is_its_base(Lengthen(6).double(), nn.ConvTranspose1d, torch.randn(3, 6, length).double())
+
+
+def _is_its_base(convolution: nn.Module, base: Any, x: Tensor) -> None:
+    """Values and gradients are those of PyTorch's own, for few rows and for many."""
+    for rows in (x, x.repeat(FEW_ROWS, 1, 1)):
+        given = [rows.clone().requires_grad_(), *convolution.parameters()]
+        out, expected = convolution(given[0]), base.forward(convolution, given[0])
+        torch.testing.assert_close(out, expected)
+        weights = torch.randn(expected.shape, dtype=torch.float64)
+        found = torch.autograd.grad((out * weights).sum(), given)
+        torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), given))
 
 
 def test_the_shortcut_is_the_identity_where_the_channels_stay() -> None:
