@@ -1,48 +1,47 @@
-"""Roll trained policies out in simulation: `python -m policy.evaluate run=runs/policy/arm_reach episodes=100`.
+"""Roll trained policies out in simulation: `python -m policy.evaluate run_dir=runs/policy/arm_reach episodes=100`.
 
 An episode's initial state and noise follow from its seed, so no number depends on the number of workers. Writes
-RUN/evaluation/: eval_log.json (every episode, figures with intervals, versions, command), and a video of the first
+RUN_DIR/evaluation/: eval_log.json (every episode, figures with intervals, versions, command), and a video of the first
 successes and failures.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from driftfield.training import Progress, RunFolder, UserError, option, run_program, to_plain
 from driftfield.training.atomic_file import parse_json, write_json
+from driftfield.training.device import Device, choose_device
+from policy.config import CONFIG_DIR
 from policy.policy import Policy, load_policy
-from policy.rollout import Episode, PolicyError, RolloutError, replay, rollout
+from policy.rollout import Episode, PolicyError, RolloutError, rollout
 from policy.success import Summary, best_and_last, summarize, table
-from policy.video import choose, write_video
+from policy.video import film
 
-CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "policy"
 MODEL: Final = "model"  # folder of the finished policy inside its run folder
 SNAPSHOTS: Final = "snapshots"  # folder inside a run: policies through training
 LOG, VIDEO = "eval_log.json", "episodes.mp4"
 SIMULATORS: Final = ("mujoco", "gymnasium", "robosuite", "gymnasium-robotics")  # scores differ between versions
-_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """Keys of `python -m policy.evaluate`."""
 
-    run: Path = option("folder of a run of policy.train, or of a saved policy")
+    run_dir: Path = option("folder of a run of policy.train, or of a saved policy")
     snapshots: int = option("newest snapshots of the run to roll out as well, for `max / last10`", min=0)
     episodes: int = option("episodes of each policy", min=1)
     first_seed: int = option("seed of the first episode; the next ones count up", min=0)
     noise_seed: int = option("seed of the policy's noise", min=0)
     workers: int = option("processes that simulate; 0: this one", min=0)
     batch: int = option("episodes at once, each in an environment of its own; changes the last bits of actions", min=1)
-    device: Literal["auto", "cpu", "cuda"] = option("where the policy computes")
+    device: Device = option("where the policy computes")
     latency_episodes: int = option("episodes more, one at a time, whose predictions are timed", min=0)
     show: int = option("successes in the video, and as many failures; 0: no video", min=0)
     timeout_s: float = option("seconds for a reset or a slice after which a worker counts as hung", above=0)
@@ -77,12 +76,13 @@ class Evaluation(NamedTuple):
 
 def main(config: EvaluateConfig) -> int:
     """Evaluate the policies of a run."""
-    folders = _policies(config.run, config.snapshots)
+    device = choose_device(config.device)
+    folders = _policies(config.run_dir, config.snapshots)
     may_change = [field.name for field in fields(config)]
-    with RunFolder(config.run / "evaluation", config, may_change=may_change) as folder:
+    with RunFolder(config.run_dir / "evaluation", config, may_change=may_change) as folder:
         evaluations: list[Evaluation] = []
         for name, path in folders.items():
-            policy = _load(path, config.device)
+            policy = _load(path, device)
             try:
                 evaluations.append(_evaluate(config, name, policy))
             except RolloutError as error:
@@ -94,7 +94,14 @@ def main(config: EvaluateConfig) -> int:
                 raise UserError(f"{path}: {error}") from error
             write_json(folder.path / LOG, _record(config, folder.path, policy, evaluations))
         print(_report(config, policy, evaluations))
-        video = _show(config, policy, evaluations[-1], folder.path / VIDEO)
+        video = film(
+            folder.path / VIDEO,
+            evaluations[-1].episodes,
+            policy.task,
+            task_options=policy.task_options,
+            count=config.show,
+            timeout_s=config.timeout_s,
+        )
     print(f"written: {', '.join(str(path) for path in (folder.path / LOG, video) if path is not None)}")
     return 0
 
@@ -109,19 +116,16 @@ def _policies(run: Path, snapshots: int) -> dict[str, Path]:
     if snapshots > len(found):
         raise UserError(f"snapshots: expected at most the {len(found)} in {run / SNAPSHOTS}, found {snapshots}")
     if not (run / MODEL / "config.json").exists():
-        raise UserError(f"run: expected the folder of a finished run of policy.train, or of a policy, found {run}")
+        raise UserError(f"run_dir: expected the folder of a finished run of policy.train, or of a policy, found {run}")
     chosen = [path.parent for path in found[len(found) - snapshots :]]
     return {f"{SNAPSHOTS}/{path.name}": path for path in chosen} | {MODEL: run / MODEL}
 
 
-def _load(path: Path, device: str) -> Policy:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: expected a CUDA GPU, found none that PyTorch can use; device=cpu computes without")
+def _load(path: Path, device: torch.device) -> Policy:
     try:
-        policy = load_policy(path)
+        return load_policy(path).to(device)
     except (OSError, ValueError) as error:
-        raise UserError(f"run: {error}") from error
-    return policy.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        raise UserError(f"run_dir: {error}") from error
 
 
 def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
@@ -219,19 +223,6 @@ def _report(config: EvaluateConfig, policy: Policy, evaluations: Sequence[Evalua
     if last.summary.clipped:
         lines.append(f"{last.summary.clipped:.2%} of the actions' entries lay outside the task's box and were clipped")
     return "\n".join(lines)
-
-
-def _show(config: EvaluateConfig, policy: Policy, evaluation: Evaluation, path: Path) -> Path | None:
-    """Write the video; where it can't be drawn say so, since the numbers are there all the same."""
-    episodes = choose(evaluation.episodes, config.show)
-    if not episodes:
-        return None
-    try:
-        frames = replay(episodes, policy.task, task_options=policy.task_options, timeout_s=config.timeout_s)
-    except RolloutError as error:
-        _log.warning("no video: %s", error)
-        return None
-    return write_video(path, episodes, frames, columns=config.show)
 
 
 if __name__ == "__main__":

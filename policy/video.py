@@ -6,16 +6,17 @@ import logging
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+import envs
 from driftfield.training.atomic_file import TEMPORARY_PREFIX
-from policy.rollout import Episode
-from policy.rollout_worker import Frames
+from policy.rollout import Episode, RolloutError, replay
+from policy.rollout_worker import Frames, MakeEnvironment
 
 CAPTION_HEIGHT: Final = 28  # pixels above a picture, two lines of text
 BORDER: Final = 4  # pixels around it, in the colour of the outcome
@@ -35,6 +36,41 @@ def choose(episodes: Sequence[Episode], count: int) -> list[Episode]:
     successes = [episode for episode in shown if episode.success]
     failures = [episode for episode in shown if not episode.success]
     return [*successes[:count], *failures[:count]]
+
+
+def film(
+    path: Path,
+    episodes: Sequence[Episode],
+    task: str,
+    *,
+    task_options: Mapping[str, Any] | None = None,
+    count: int,
+    timeout_s: float = 300.0,
+    make: MakeEnvironment = envs.make,
+) -> Path | None:
+    """Write a video of the first successes and failures; where they can't be drawn, warn and go on.
+
+    Args:
+        path: of the video, `NAME.mp4`.
+        episodes, task, task_options, make: as they were for `rollout`.
+        count: successes to show, and as many failures.
+        timeout_s: longest that the pictures of an episode may take.
+
+    Raises:
+        OSError: the folder can't be written.
+
+    Returns:
+        What was written; None if there is nothing to show, or no way to draw it.
+    """
+    chosen = choose(episodes, count)
+    if not chosen:
+        return None
+    try:
+        frames = replay(chosen, task, task_options=task_options, timeout_s=timeout_s, make=make)
+    except RolloutError as error:
+        _log.warning("no video: %s", error)
+        return None
+    return write_video(path, chosen, frames, columns=count)
 
 
 def write_video(path: Path, episodes: Sequence[Episode], frames: Sequence[Frames], *, columns: int) -> Path:

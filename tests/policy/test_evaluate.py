@@ -34,7 +34,7 @@ class RoundTheObstacle:
     def __init__(self, *, clearance_m: float = 0.13, spoil: bool = False) -> None:
         self.clearance_m, self.spoil = clearance_m, spoil
 
-    def to(self, device: str) -> "RoundTheObstacle":
+    def to(self, device: torch.device) -> "RoundTheObstacle":
         return self
 
     def predict(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
@@ -91,7 +91,7 @@ def test_every_episode_is_logged_with_figures_versions_and_command(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("episodes=5", "batch=3", "workers=0", "show=0", "latency_episodes=1")
-    assert run(f"run={run_folder}", *small, "snapshots=2") == 0
+    assert run(f"run_dir={run_folder}", *small, "snapshots=2") == 0
     log = read_log(run_folder)
     assert (log["task"], log["task_options"]) == ("arm_reach", {"observation": "state"})
     assert [each["policy"] for each in log["evaluations"]] == ["snapshots/000100", "snapshots/000200", "model"]
@@ -120,7 +120,7 @@ def test_the_figures_depend_on_no_number_of_workers_and_on_no_video(
     video = run_folder / "evaluation" / "episodes.mp4"
     for changes in (("workers=0", "show=0"), ("workers=2", "show=1")):
         assert not video.exists()
-        assert run(f"run={run_folder}", "episodes=4", "batch=2", "latency_episodes=0", *changes) == 0
+        assert run(f"run_dir={run_folder}", "episodes=4", "batch=2", "latency_episodes=0", *changes) == 0
         logs.append(read_log(run_folder)["evaluations"][0])
     assert logs[0]["episodes"] == logs[1]["episodes"] and logs[0]["summary"] == logs[1]["summary"]
     assert logs[0]["latency"] is None
@@ -137,7 +137,7 @@ def test_without_opengl_the_evaluation_ends_with_one_warning(
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "nothing")
     with caplog.at_level(logging.WARNING):
-        assert run(f"run={run_folder}", "episodes=2", "workers=1", "latency_episodes=0", "show=2") == 0
+        assert run(f"run_dir={run_folder}", "episodes=2", "workers=1", "latency_episodes=0", "show=2") == 0
     assert len(caplog.records) == 1 and "no video: arm_reach can't be drawn" in caplog.text
     assert read_log(run_folder)["evaluations"][0]["summary"]["success"] == 1.0
     assert "episodes.mp4" not in capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_a_policy_that_gives_nan_is_named(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(program, "load_policy", lambda path: RoundTheObstacle(spoil=True))
-    assert run(f"run={run_folder}", "episodes=1", "workers=0") == 2
+    assert run(f"run_dir={run_folder}", "episodes=1", "workers=0") == 2
     assert "run/model: policy: expected finite actions" in capsys.readouterr().err
 
 
@@ -166,7 +166,7 @@ def test_environments_that_raise_too_often_end_the_evaluation_after_its_log(
 
     roll_out = program.rollout
     monkeypatch.setattr(program, "rollout", lambda *words, **keys: roll_out(*words, **keys, make=failing))
-    assert run(f"run={run_folder}", "episodes=2", "workers=0") == 2
+    assert run(f"run_dir={run_folder}", "episodes=2", "workers=0") == 2
     assert "raised in 2 of 2 episodes" in capsys.readouterr().err
     (evaluation,) = read_log(run_folder)["evaluations"]
     assert evaluation["summary"]["failed"] == 2
@@ -178,12 +178,12 @@ def test_environments_that_raise_too_often_end_the_evaluation_after_its_log(
     ("arguments", "message"),
     [
         (
-            ("run={folder}/nowhere",),
-            "run: expected the folder of a finished run of policy.train, or of a policy",
+            ("run_dir={folder}/nowhere",),
+            "run_dir: expected the folder of a finished run of policy.train, or of a policy",
         ),
-        (("run={folder}", "snapshots=3"), "snapshots: expected at most the 2 in"),
-        (("run={folder}/model", "snapshots=1"), "snapshots: expected 0 for the folder of a single policy"),
-        (("run={folder}", "episodes=0"), "episodes: expected an integer >= 1, found 0"),
+        (("run_dir={folder}", "snapshots=3"), "snapshots: expected at most the 2 in"),
+        (("run_dir={folder}/model", "snapshots=1"), "snapshots: expected 0 for the folder of a single policy"),
+        (("run_dir={folder}", "episodes=0"), "episodes: expected an integer >= 1, found 0"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(
@@ -195,8 +195,8 @@ def test_mistakes_are_told_in_one_sentence(
 
 
 def test_a_folder_that_holds_no_policy_is_told(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(f"run={run_folder}") == 2
-    assert capsys.readouterr().err.startswith("error: run: ")
+    assert run(f"run_dir={run_folder}") == 2
+    assert capsys.readouterr().err.startswith("error: run_dir: ")
 
 
 def test_the_command_line_rolls_out_a_saved_policy(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_the_command_line_rolls_out_a_saved_policy(tmp_path: Path) -> None:
     action, state = np.array([[-0.3, 0.0], [0.3, 0.5]], np.float32), np.eye(9, dtype=np.float32)
     policy.normalizer.fit({"action": action, "state": state})
     policy.save_pretrained(tmp_path / "policy")
-    words = [f"run={tmp_path / 'policy'}", "episodes=3", "workers=1", "device=cpu", "show=0", "latency_episodes=0"]
+    words = [f"run_dir={tmp_path / 'policy'}", "episodes=3", "workers=1", "device=cpu", "show=0", "latency_episodes=0"]
     done = subprocess.run(
         [sys.executable, "-m", "policy.evaluate", *words],
         cwd=ROOT,
