@@ -54,7 +54,7 @@ class ArmReach(MujocoTask):
     | 1 | angle of the elbow | -3.2 | 3.2 | rad | `elbow` |
     | 2 | angle of the wrist | -3.2 | 3.2 | rad | `wrist` |
     | 3 | tip, x | -1 | 1 | m | `tip` |
-    | 4 | tip, y | -1.25 | 1 | m | `tip` |
+    | 4 | tip, y | -1.25 | 1.25 | m | `tip` |
     | 5 | target, x | -1 | 1 | m | `target` |
     | 6 | target, y | -1 | 1 | m | `target` |
     | 7 | obstacle's centre, x | -1 | 1 | m | `obstacle` |
@@ -77,16 +77,13 @@ class ArmReach(MujocoTask):
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__("arm_reach.xml", **keywords)
-        self.action_space = spaces.Box(np.float32([-0.3, 0.0]), np.float32([0.3, 0.5]))
-        arm = np.float32([3.2, 3.2, 3.2, 1.0, 1.25])
-        scene = np.ones(4, np.float32)
-        if self.observation == "image":
-            state = {"state": spaces.Box(-arm, arm)}
-            image = {"overhead": spaces.Box(0, 255, (*IMAGE_SIZE, 3), np.uint8)}
-            self.observation_space = spaces.Dict(image | state)
-        else:
-            high = np.concatenate([arm, scene])
-            self.observation_space = spaces.Dict({"state": spaces.Box(-high, high)})
+        self.action_space = spaces.Box(np.array([-0.3, 0.0], np.float32), np.array([0.3, 0.5], np.float32))
+        image = self.observation == "image"
+        high = np.array([3.2, 3.2, 3.2, 1.0, 1.25] + [1.0] * (0 if image else 4), np.float32)
+        observations: dict[str, spaces.Space[Any]] = {"state": spaces.Box(-high, high)}
+        if image:
+            observations["overhead"] = spaces.Box(0, 255, (*IMAGE_SIZE, 3), np.uint8)
+        self.observation_space = spaces.Dict(observations)
         self._substeps = round(1 / self.CONTROL_HZ / self.model.opt.timestep)
         self._touched = False
         # Views of the simulator's arrays: they follow it.

@@ -1,11 +1,13 @@
 """ArmReach: its geometry by trigonometry, its rules, and its expert."""
 
 import math
+import re
 from collections.abc import Callable
 
 import mujoco
 import numpy as np
 import pytest
+from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,7 +39,7 @@ def place_tip(task: ArmReach, tip: np.ndarray) -> None:
     mujoco.mj_forward(task.model, task.data)
 
 
-def episode(task: ArmReach, seed: int, action: Callable[[], np.ndarray]) -> dict[str, object]:
+def episode(task: ArmReach, action: Callable[[], np.ndarray]) -> dict[str, object]:
     for _ in range(task.MAX_STEPS):
         *_, terminated, _, info = task.step(action())
         if terminated:
@@ -71,6 +73,18 @@ def test_the_observation_is_angles_tip_target_and_obstacle_in_float32(task: ArmR
     mujoco_target = task.data.body("target").xpos[:2]
     np.testing.assert_array_equal(mujoco_target, task.target)
     np.testing.assert_array_equal(task.data.body("obstacle").xpos[:2], task.obstacle)
+
+
+def test_the_datasheet_says_the_bounds_of_the_spaces(task: ArmReach) -> None:
+    rows = re.findall(
+        r"^ *\| (\d) \|.*\| (-?[\d.]+) \| (-?[\d.]+) \| (?:m|rad) \|", ArmReach.__doc__ or "", re.MULTILINE
+    )
+    low, high = np.array([[float(low), float(high)] for _, low, high in rows], np.float32).T
+    assert [int(row[0]) for row in rows] == [0, 1, *range(9)]
+    state = task.observation_space["state"]
+    assert isinstance(state, spaces.Box)
+    np.testing.assert_array_equal(low, np.concatenate([task.action_space.low, state.low]))
+    np.testing.assert_array_equal(high, np.concatenate([task.action_space.high, state.high]))
 
 
 def test_initial_states_fill_the_ranges_of_the_datasheet(task: ArmReach) -> None:
@@ -154,7 +168,7 @@ def test_the_mean_of_the_two_ways_fails(task: ArmReach) -> None:
         keep = 0.5 * (0.02 + 0.045) + TOUCHING
         left, right = (way_round(task.tip, task.target, task.obstacle, side, keep) for side in (1, -1))
         mean = iter((left + right)[::8] / 2)
-        info = episode(task, seed, lambda mean=mean, end=task.target: next(mean, end))
+        info = episode(task, lambda mean=mean, end=task.target: next(mean, end))
         outcomes.append((info["success"], info["touched"]))
     assert np.mean(outcomes, axis=0).tolist() == [0.0, 1.0]
 

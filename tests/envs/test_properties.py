@@ -17,7 +17,7 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 from envs.offscreen import backend
-from envs.task import Outcome, PhysicsError, Task
+from envs.task import Observation, Outcome, PhysicsError, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 100_000
@@ -44,9 +44,9 @@ class Built:
     """Tasks that are built once and used by all tests: two of a kind, so that one can be compared with the other."""
 
     def __init__(self) -> None:
-        self._built: dict[tuple[str, str, int], gymnasium.Env] = {}
+        self._built: dict[tuple[str, str, int], gymnasium.Env[Any, Any]] = {}
 
-    def env(self, name: str, observation: str = "state", instance: int = 0) -> gymnasium.Env:
+    def env(self, name: str, observation: Observation = "state", instance: int = 0) -> gymnasium.Env:
         key = (name, observation, instance)
         if key not in self._built:
             try:
@@ -57,7 +57,7 @@ class Built:
                 pytest.skip(str(error))
         return self._built[key]
 
-    def task(self, name: str, observation: str = "state", instance: int = 0) -> Task:
+    def task(self, name: str, observation: Observation = "state", instance: int = 0) -> Task:
         task = self.env(name, observation, instance).unwrapped
         assert isinstance(task, Task)
         return task

@@ -145,7 +145,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(keyword: str, value: s
 
 # ---- actions
 
-BOX = spaces.Box(np.float32([-1, 0.1, -np.inf]), np.float32([1, 512, np.inf]))
+BOX = spaces.Box(np.array([-1, 0.1, -np.inf], np.float32), np.array([1, 512, np.inf], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_bad_action_is_refused_by_name(action: object, message: str) -> None:
 
 
 def test_a_good_action_is_copied_and_rounding_past_a_bound_is_taken_back() -> None:
-    action = np.array([1 + 1e-7, np.nextafter(np.float32(512), np.float32(1e9)), 1e9])
+    action = np.array([1 + 1e-7, 512.0001, 1e9])
     checked = check_action(action, BOX)
     np.testing.assert_array_equal(checked, [1, 512, 1e9])
     inside = np.array([0.5, 2.0, 3.0])
@@ -177,11 +177,6 @@ def test_a_good_action_is_copied_and_rounding_past_a_bound_is_taken_back() -> No
     assert not np.shares_memory(copy, inside) and copy.dtype == np.float64
     low = check_action(BOX.low.clip(-5), BOX)
     assert (low >= BOX.low.astype(np.float64)).all()
-
-
-def test_only_boxes_of_actions_are_known() -> None:
-    with pytest.raises(TypeError, match="must be a Box"):
-        check_action(np.array(0), spaces.Discrete(2))
 
 
 # ---- the registry
