@@ -126,6 +126,11 @@ class Normalizer(nn.Module):
         affine = self._checked_affine(key, y)
         return (y.float() - affine.offset) / affine.scale
 
+    def clamp(self, key: str, x: Tensor) -> Tensor:
+        """Values in the data's units, moved into the range that the data had; arguments and errors as `normalize`."""
+        affine = self._checked_affine(key, x)
+        return x.float().clamp(affine.low, affine.high)
+
     def outside(self, key: str, x: Tensor) -> Outside:
         """Count the values that lie outside what the data had.
 

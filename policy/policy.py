@@ -1,0 +1,213 @@
+"""What every policy has: observation encoder, action network, normaliser; prediction of the actions to execute."""
+
+import os
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from driftfield.training.pretrained import read_arguments, read_model_name, read_weights, write_model
+from policy.mlp import ActionMLP, ActionNetwork
+from policy.normalizer import Normalizer
+from policy.observation import ObservationEncoder
+from policy.replay_buffer import ACTION
+from policy.transformer import ActionTransformer
+from policy.unet1d import ConditionalUnet1D
+
+MLP_KEYS = ("width", "depth")
+UNET_KEYS = ("channels", "step_dim", "kernel_size", "groups")
+TRANSFORMER_KEYS = ("layers", "heads", "width", "dropout", "causal")
+
+
+class Batch(NamedTuple):
+    """What a training step learns from, in the units of the data."""
+
+    observation: Mapping[str, Tensor]  # per key [B, To, ...]: uint8 images, float numbers
+    actions: Tensor  # [B, K, T, A]: K demonstrated chunks of each observation, its own first
+
+
+class PolicyLoss(NamedTuple):
+    """What to minimise, and what to log."""
+
+    loss: Tensor  # [B], one per observation
+    values: Mapping[str, Tensor]  # by name, [] each
+
+
+class Policy(nn.Module):
+    """From the last To observations and noise to a chunk of T actions, of which Ta are executed.
+
+    The first To - 1 actions of a chunk belong to the older observations, so steps To-1 ... To-1+Ta-1 are executed.
+
+    Args:
+        shapes: per observation key the shape of one observation: (H, W, 3) of a camera, (D,) of numbers.
+        action_dim: A.
+        normalizer: what `Normalizer.config` gives, for "action" and every key of numbers.
+        network: "name" ("mlp", "unet1d" or "transformer"), and the keywords of that network.
+        obs_steps: To.
+        horizon: T.
+        action_steps: Ta.
+        crop: side of the crop of images, in pixels.
+        task: name of the task in `envs.TASKS`, for whoever rolls the policy out.
+        task_options: keywords of `envs.make`.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        shapes: Mapping[str, Sequence[int]],
+        action_dim: int,
+        normalizer: Mapping[str, Any],
+        network: Mapping[str, Any],
+        obs_steps: int = 2,
+        horizon: int = 16,
+        action_steps: int = 8,
+        crop: int | None = None,
+        task: str = "",
+        task_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= action_steps <= horizon - obs_steps + 1:
+            raise ValueError(
+                f"action_steps: expected 1 to horizon - obs_steps + 1 = {horizon - obs_steps + 1}, found {action_steps}"
+            )
+        self.config: dict[str, Any] = {
+            "shapes": {key: list(shape) for key, shape in shapes.items()}, "action_dim": action_dim,
+            "normalizer": dict(normalizer), "network": dict(network), "obs_steps": obs_steps, "horizon": horizon,
+            "action_steps": action_steps, "crop": crop, "task": task, "task_options": dict(task_options or {}),
+        }  # fmt: skip
+        self.action_dim, self.horizon = action_dim, horizon
+        self.obs_steps, self.action_steps = obs_steps, action_steps
+        self.task, self.task_options = task, dict(task_options or {})
+        self.normalizer = Normalizer(**normalizer)
+        self.encoder = ObservationEncoder({key: tuple(shape) for key, shape in shapes.items()}, crop=crop)
+        self.network = build_network(network, action_dim, self.encoder.dim, obs_steps, horizon)
+        self.reset()
+
+    @abstractmethod
+    def loss(self, batch: Batch, generator: torch.Generator) -> PolicyLoss:
+        """Loss of each observation.
+
+        Args:
+            batch: demonstrated chunks.
+            generator: of the noise.
+        """
+
+    @abstractmethod
+    def sample(self, cond: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Normalised chunks `[B, T, A]` for features `[B, To, C]`; row i draws from generator i alone."""
+
+    def encode(self, observation: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Features `[B, To, C]` of observations `[B, To, ...]` in the units of the data."""
+        numbers = {key: self.normalizer.normalize(key, observation[key].float()) for key in self.encoder.numbers}
+        return self.encoder({**observation, **numbers}, generator=generator)
+
+    @torch.no_grad()
+    def predict_chunk(self, observation: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        """Whole chunks `[B, T, A]` in the units of the data, kept to the range of the demonstrations."""
+        chunk = self.sample(self.encode(observation), generators)
+        return self.normalizer.clamp(ACTION, self.normalizer.unnormalize(ACTION, chunk))
+
+    def predict(self, observation: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        """The actions to execute next.
+
+        Args:
+            observation: per key the last To observations `[B, To, ...]`, in the units of the data.
+            generators: one per row, so that a row does not depend on the others.
+
+        Returns:
+            `[B, Ta, A]` in the units of the data.
+        """
+        first = self.obs_steps - 1
+        return self.predict_chunk(observation, generators)[:, first : first + self.action_steps]
+
+    def reset(self) -> None:
+        """Forget the observations and actions of `select_action`: a new episode begins."""
+        self._seen: deque[Mapping[str, Tensor]] = deque(maxlen=self.obs_steps)
+        self._planned: deque[Tensor] = deque()
+
+    def select_action(self, observation: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        """The next action of a receding horizon: predicts a chunk, hands out Ta of its actions, predicts anew.
+
+        Args:
+            observation: per key the present observation `[B, ...]`.
+            generators: one per row.
+
+        Returns:
+            `[B, A]`.
+        """
+        while len(self._seen) < self.obs_steps:
+            self._seen.append(observation)  # the first observation stands for those before it
+        self._seen.append(observation)
+        if not self._planned:
+            seen = {key: torch.stack([past[key] for past in self._seen], dim=1) for key in observation}
+            self._planned.extend(self.predict(seen, generators).unbind(1))
+        return self._planned.popleft()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors (normaliser included) into a folder.
+
+        Raises:
+            OSError: if the disk refuses; a file is then as it was.
+        """
+        write_model(Path(folder), self, type(self).__name__, self.config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """Build the policy from a folder of `save_pretrained`, on the CPU, in eval mode.
+
+        Raises:
+            FileNotFoundError: a file is absent.
+            ValueError: config.json is another policy's, or the weights do not fit.
+        """
+        return read_weights(Path(folder), lambda: cls(**read_arguments(Path(folder), cls.__name__)))
+
+    def _normalized(self, actions: Tensor) -> Tensor:
+        return self.normalizer.normalize(ACTION, actions.float())
+
+
+def load_policy(folder: str | os.PathLike[str]) -> Policy:
+    """The policy of a folder, whichever kind it is.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: it is no policy, or the weights do not fit.
+    """
+    from policy.methods import METHODS  # each of them is a Policy
+
+    kinds = {kind.__name__: kind for kind in METHODS.values()}
+    name = read_model_name(Path(folder))
+    if name not in kinds:
+        raise ValueError(f"{folder}: expected the config of one of {', '.join(kinds)}, found that of {name}")
+    return kinds[name].from_pretrained(folder)
+
+
+def build_network(
+    network: Mapping[str, Any], action_dim: int, cond_dim: int, obs_steps: int, horizon: int
+) -> ActionNetwork:
+    """An action network by its name.
+
+    Raises:
+        ValueError: an unknown name, or keywords that it does not take.
+
+    >>> type(build_network({"name": "mlp", "width": 8}, 2, 3, 2, 16)).__name__
+    'ActionMLP'
+    """
+    keywords = {key: value for key, value in network.items() if key != "name"}
+    try:
+        match network.get("name"):
+            case "mlp":
+                return ActionMLP(action_dim, cond_dim, obs_steps, horizon, **keywords)
+            case "unet1d":
+                return ConditionalUnet1D(action_dim, cond_dim, obs_steps, **keywords)
+            case "transformer":
+                return ActionTransformer(action_dim, cond_dim, obs_steps, horizon, **keywords)
+    except TypeError as error:
+        raise ValueError(f"network: {error}") from error
+    raise ValueError(f"network: expected the name mlp, unet1d or transformer, found {network.get('name')!r}")

@@ -1,0 +1,452 @@
+"""Train a robot's policy from demonstrations and roll it out: `python -m policy.train`.
+
+Without an argument: an arm that reaches a target behind an obstacle, on either side of it. Demonstrations are collected
+by the task's scripted expert where there are none. To resume a run that was stopped or killed, run the same command
+again. The loss of drifting is flat by construction; what falls are lambda, the norm of the drift, and nearest_error.
+"""
+
+import shutil
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import envs
+from driftfield.training import (
+    EMA,
+    Action,
+    Progress,
+    RunFolder,
+    Stopped,
+    StopRequest,
+    Update,
+    UserError,
+    barrier,
+    generator,
+    is_main,
+    load_optimizer,
+    optimizer_state,
+    process_group,
+    require_equal,
+    run_loop,
+    run_program,
+    share,
+    to_yaml,
+    warmup_constant,
+)
+from driftfield.training.atomic_file import parse_json, write_json
+from driftfield.training.device import choose_device
+from driftfield.training.schedule import warmup_cosine
+from driftfield.training.visits import Epochs, sample_ids
+from policy.collect import CollectConfig
+from policy.collect import main as collect
+from policy.config import CONFIG_DIR, TrainConfig
+from policy.data_error import DataError
+from policy.demonstrations import load_demonstrations
+from policy.methods import METHODS
+from policy.neighbours import nearest_windows
+from policy.normalizer import Normalizer, task_parts
+from policy.policy import Batch, Policy
+from policy.replay_buffer import ACTION, ReplayBuffer
+from policy.rollout import rollout
+from policy.success import best_and_last, summarize, table
+from policy.windows import Windows, keep_episodes, validation_split
+
+MODEL: Final = "model"  # folder of the finished policy
+SNAPSHOTS: Final = "snapshots"  # of those evaluated on the way
+EVALUATIONS: Final = "evaluations"
+RESULTS: Final = "results.json"
+HELD_OUT_WINDOWS: Final = 512  # whose errors an evaluation gives
+COLLAPSE_WARNING: Final = 0.9  # share of collapsed groups
+# A resumed run may change what only concerns where it runs, not what it computes.
+MAY_CHANGE: Final = (
+    "run_dir", "demonstrations.path", "writers", "checkpoint_every", "log_every", "evaluation.every",
+    "evaluation.episodes", "evaluation.first_seed", "evaluation.workers", "evaluation.keep", "evaluation.videos",
+)  # fmt: skip
+
+
+class Training:
+    """Everything that changes during training, and the step that changes it.
+
+    Args:
+        config: as the program was told.
+        buffer: demonstrations.
+        device: where to compute.
+    """
+
+    def __init__(self, config: TrainConfig, buffer: ReplayBuffer, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.step_number = 0
+        self.fingerprint = buffer.fingerprint
+        self.policy = build_policy(config, buffer).to(device)
+        keys = [ACTION, *self.policy.config["shapes"]]
+        self._arrays = {key: torch.from_numpy(buffer.arrays[key]) for key in keys}
+        split = validation_split(len(buffer), config.demonstrations.held_out)
+        train = (
+            split.train
+            if config.demonstrations.keep is None
+            else keep_episodes(split.train, config.demonstrations.keep)
+        )
+        self.windows = self._windows(buffer, train)
+        self.held_out = self._windows(buffer, split.validation) if len(split.validation) else None
+        self._positives = self._nearest()
+        self._epochs = Epochs(len(self.windows), seed=config.seed)
+        self.optimizer = torch.optim.AdamW(
+            (parameter for parameter in self.policy.named_parameters()),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema = EMA(self.policy, decays=(config.ema_decay,), warmup=True)
+        self.update = Update(self.policy, self.optimizer, self.ema, clip_norm=config.clip_norm or float("inf"))
+        if config.compile:
+            self.policy.network.compile(dynamic=False)
+        self._warned = False
+
+    @property
+    def samples_per_step(self) -> int:
+        """Observations of a step, those of all processes together."""
+        return self.config.batch_size
+
+    @property
+    def samples_seen(self) -> int:
+        """Observations trained on."""
+        return self.step_number * self.samples_per_step
+
+    def step(self) -> dict[str, float | Tensor]:
+        """One training step on the part of the batch that this process computes."""
+        size = self.config.batch_size
+        visits = self._epochs(self.step_number * size, size)
+        mine = range(size)[share(size)]
+        batch = self._batch(
+            self.windows, sample_ids(visits, len(self.windows))[mine.start : mine.stop], self._positives
+        )
+        noise = generator(self.config.seed, "noise", self.step_number, mine.start, device=self.device)
+        self.policy.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.policy.loss(batch, noise)
+        (output.loss.sum() / size).backward()
+        gradient_norm = self.update(self._learning_rate())
+        self.step_number += 1
+        self._warn_of_collapse(output.values)
+        return {
+            "loss": output.loss.detach().mean(),
+            **output.values,
+            "gradient_norm": gradient_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "rejected_steps": self.update.rejected,
+        }
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors a resumed run needs, for a checkpoint."""
+        return {
+            "policy": self.policy.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_state(self.optimizer).tensors,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything else it needs; randomness is a function of (seed, step) and has no state."""
+        return {
+            "data": self.fingerprint,
+            "rejected_steps": self.update.rejected,
+            "optimizer": optimizer_state(self.optimizer).state,
+        }
+
+    def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Take over a checkpoint's `tensors` and `state`.
+
+        Raises:
+            UserError: they are of a training on other demonstrations.
+        """
+        if state["data"] != self.fingerprint:
+            raise UserError(
+                f"demonstrations: expected those that this run began with, fingerprint {state['data']}, "
+                f"found {self.fingerprint}; choose run_dir=OTHER for others"
+            )
+        self.step_number = step
+        self.update.rejected = state["rejected_steps"]
+        self.policy.load_state_dict(tensors["policy"])
+        self.ema.load_state_dict(tensors["ema"])
+        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+
+    @torch.no_grad()
+    def held_out_errors(self) -> dict[str, float]:
+        """The policy's values on held-out windows, with the same noise at every time; none if none are held out."""
+        if self.held_out is None:
+            return {}
+        chosen = torch.linspace(0, len(self.held_out) - 1, min(HELD_OUT_WINDOWS, len(self.held_out))).long()
+        self.policy.eval()
+        output = self.policy.loss(
+            self._batch(self.held_out, chosen, None), generator(self.config.seed, "held out", device=self.device)
+        )
+        return {"held_out_loss": output.loss.mean().item()} | {
+            f"held_out_{name}": value.item() for name, value in output.values.items() if "lambda" not in name
+        }
+
+    def _windows(self, buffer: ReplayBuffer, episodes: np.ndarray) -> Windows:
+        config = self.config
+        return Windows(
+            buffer.episode_ends,
+            horizon=config.horizon,
+            pad_before=config.obs_steps - 1,
+            pad_after=config.action_steps - 1,
+            episodes=episodes,
+        )
+
+    def _nearest(self) -> Tensor | None:
+        """Windows whose chunks are the positives of each window, `[W, K]`, itself first; None if K = 1."""
+        if self.config.method != "drifting" or self.config.drifting.positives == 1:
+            return None
+        numbers = [
+            self.policy.normalizer.normalize(key, self._arrays[key]) for key in self.policy.encoder.numbers
+        ]  # [N, D] each
+        rows = torch.from_numpy(self.windows.indices(np.arange(len(self.windows))))[:, : self.config.obs_steps]
+        return nearest_windows(torch.cat(numbers, -1)[rows].flatten(1), self.config.drifting.positives)
+
+    def _batch(self, windows: Windows, numbers: Tensor, positives: Tensor | None) -> Batch:
+        chosen = numbers[:, None] if positives is None else positives[numbers]  # [B, K]
+        rows = torch.from_numpy(windows.indices(chosen.flatten().numpy())).unflatten(0, chosen.shape)  # [B, K, T]
+        seen = rows[:, 0, : self.config.obs_steps]  # [B, To]
+        return Batch(
+            {key: self._arrays[key][seen].to(self.device) for key in self._arrays if key != ACTION},
+            self._arrays[ACTION][rows].to(self.device),
+        )
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        if config.schedule == "cosine":
+            return warmup_cosine(
+                self.samples_seen,
+                peak=config.learning_rate,
+                warmup_samples=config.warmup_samples,
+                total_samples=config.samples,
+            )
+        return warmup_constant(self.samples_seen, peak=config.learning_rate, warmup_samples=config.warmup_samples)
+
+    def _warn_of_collapse(self, values: Any) -> None:
+        """Once: the chunks of an observation agree. Right where a task has one mode, a failure where it has two."""
+        past_warmup = self.samples_seen > max(self.config.warmup_samples, self.config.samples // 10)
+        if self._warned or not past_warmup or "collapsed" not in values or self.config.drifting.generated == 1:
+            return
+        self._warned = True
+        if float(values["collapsed"]) > COLLAPSE_WARNING:
+            print(
+                f"note: in {float(values['collapsed']):.0%} of the observations all {self.config.drifting.generated} "
+                "chunks agree. If demonstrations of one observation differ, the policy averages them: see "
+                "drifting.normalize_over=x, drifting.repulsion=0, drifting.noise_skip",
+                flush=True,
+            )
+
+
+def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:
+    """The policy of a configuration, its normaliser fitted, its initial weights a function of the seed.
+
+    Raises:
+        UserError: the demonstrations lack what the task observes, or sizes do not fit.
+    """
+    arrays = buffer.arrays
+    keys = [key for key in arrays if key != ACTION and (config.observation == "image" or key == "state")]
+    if not keys:
+        raise UserError(f"demonstrations: expected the observation 'state', found {', '.join(arrays)}")
+    sizes = {key: arrays[key].shape[-1] for key in (*keys, ACTION) if arrays[key].ndim == 2}
+    kind = config.action or buffer.attributes.get("action") or "absolute"
+    normalizer = Normalizer(task_parts(config.task, sizes, observation=config.observation, action=kind))
+    options: dict[str, Any] = {"observation": config.observation}
+    if config.action is not None:
+        options["action"] = config.action
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            policy = METHODS[config.method](
+                shapes={key: arrays[key].shape[1:] for key in keys},
+                action_dim=arrays[ACTION].shape[-1],
+                normalizer=normalizer.config,
+                network=config.network_keywords(),
+                obs_steps=config.obs_steps,
+                horizon=config.horizon,
+                action_steps=config.action_steps,
+                crop=config.crop,
+                task=config.task,
+                task_options=options,
+                **config.method_keywords(),
+            )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy.normalizer.fit(arrays)
+    for warning in caught:
+        print(f"note: {warning.message}")
+    return policy
+
+
+def load_buffer(config: TrainConfig) -> ReplayBuffer:
+    """The demonstrations of a configuration; those of the task's expert are collected where there are none.
+
+    Raises:
+        UserError: there are none, and none can be collected.
+    """
+    wanted = config.demonstrations
+    if wanted.path is None and is_main():
+        collection = CollectConfig(
+            task=config.task, out=None, episodes=wanted.collect, workers=max(1, config.evaluation.workers),
+            first_seed=0, observation=config.observation, action=config.action, action_noise=wanted.action_noise,
+            phases=None, success_only=True, max_failures=None,
+        )  # fmt: skip
+        if not collection.folder.exists():
+            print(f"collecting {wanted.collect} demonstrations of {config.task} into {collection.folder}", flush=True)
+            if code := collect(collection):
+                raise Stopped(code)
+    barrier()
+    path = wanted.path or Path("data/robots") / f"{config.task}.zarr"
+    try:
+        return load_demonstrations(path, format=wanted.format)
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+class Evaluations:
+    """Rollouts of the averaged policy on the way: a file each, and the policies of the last and the best.
+
+    Args:
+        training: whose policy.
+        folder: the run's folder.
+    """
+
+    def __init__(self, training: Training, folder: Path) -> None:
+        self.training, self.config = training, training.config.evaluation
+        self.folder, self.snapshots = folder / EVALUATIONS, folder / SNAPSHOTS
+
+    def evaluate(self) -> None:
+        """Roll out and write the result, unless it is there from before a resume or training has not begun."""
+        training, name = self.training, f"{self.training.samples_seen:012d}"
+        file = self.folder / f"{name}.json"
+        if training.samples_seen == 0 or file.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with training.ema.swapped():
+            training.policy.eval()
+            result = {"samples": training.samples_seen, **training.held_out_errors()}
+            if self.config.episodes:
+                result |= self._roll_out()
+            training.policy.save_pretrained(self.snapshots / name)
+        write_json(file, result)
+        self._forget_old()
+
+    def results(self) -> list[dict[str, Any]]:
+        """All of them in order."""
+        return [parse_json(file.read_bytes()) for file in sorted(self.folder.glob("*.json"))]
+
+    def _roll_out(self) -> dict[str, Any]:
+        policy, config = self.training.policy, self.config
+        start = time.monotonic()
+        seeds = range(config.first_seed, config.first_seed + config.episodes)
+        with Progress(config.episodes, unit="episodes") as progress:
+            episodes = rollout(
+                policy, policy.task, task_options=policy.task_options, seeds=seeds, workers=config.workers,
+                batch=config.batch, noise_seed=self.training.config.seed, progress=progress,
+            )  # fmt: skip
+        summary = summarize(episodes)
+        print(table([(f"{self.training.samples_seen} samples", summary)]), flush=True)
+        return {"summary": summary._asdict(), "rollout_s": round(time.monotonic() - start, 1)}
+
+    def _forget_old(self) -> None:
+        results = self.results()
+        best = max(results, key=_score)["samples"]
+        kept = {result["samples"] for result in results[-self.config.keep :]} | {best}
+        for folder in self.snapshots.iterdir():
+            if int(folder.name) not in kept:
+                shutil.rmtree(folder)
+
+
+def _score(result: dict[str, Any]) -> float:
+    return float(result.get("summary", {}).get("score", 0.0))
+
+
+def run(config: TrainConfig, buffer: ReplayBuffer, device: torch.device, stop: StopRequest) -> None:
+    """Train to the end, from the newest checkpoint if there is one, then write the policy and `results.json`.
+
+    Raises:
+        Stopped: a stop was requested; the checkpoint is written.
+        UserError: the data, the folder or the disk do not allow it, or gradients stay not finite.
+    """
+    start, folder = time.monotonic(), config.run_dir
+    training = Training(config, buffer, device)
+    evaluations = Evaluations(training, folder)
+    if is_main():
+        print(
+            f"{config.method} on {config.task}: {len(buffer)} episodes, {len(training.windows)} windows, "
+            f"{sum(parameter.numel() for parameter in training.policy.parameters()):,} parameters",
+            flush=True,
+        )
+    run_loop(
+        training,
+        folder,
+        stop,
+        name="train",
+        samples=config.samples,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        shown=("loss", "nearest_error") if config.method == "drifting" else ("loss",),
+        actions=[Action(config.evaluation.every or config.samples, evaluations.evaluate)],
+        writers=config.writers,
+        unit="samples",
+    )
+    if is_main():
+        with training.ema.swapped():
+            training.policy.save_pretrained(folder / MODEL)
+        results = evaluations.results()
+        scores = best_and_last([_score(result) for result in results])
+        write_json(
+            folder / RESULTS,
+            {
+                "samples_seen": training.samples_seen,
+                "parameters": sum(parameter.numel() for parameter in training.policy.parameters()),
+                "device": str(device),
+                "this_start_s": round(time.monotonic() - start, 1),
+                "best_score": scores.max,
+                "last_10_mean_score": scores.last10,
+                "last_evaluation": results[-1],
+            },
+        )
+    barrier()
+
+
+def main(config: TrainConfig) -> int:
+    """Train, roll out, and say where everything is."""
+    if config.task not in envs.TASKS:
+        raise UserError(f"task: expected one of {', '.join(envs.TASKS)}, found {config.task!r}")
+    device = choose_device(config.device)
+    with process_group(device), StopRequest() as stop:
+        try:
+            buffer = load_buffer(config)
+        except Stopped as stopped:
+            return int(stopped.args[0])
+        require_equal(config=to_yaml(config), data=buffer.fingerprint)
+        share(config.batch_size)  # refused here rather than in the first step
+        with RunFolder(config.run_dir, config, may_change=MAY_CHANGE) if is_main() else nullcontext():
+            results = config.run_dir / RESULTS
+            if results.exists():
+                if is_main():
+                    print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
+                return 0
+            try:
+                run(config, buffer, device, stop)
+            except Stopped:
+                if is_main():
+                    print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
+                return stop.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        run_program(main, TrainConfig, config_dir=CONFIG_DIR, config_name="train", description=__doc__ or "")
+    )
