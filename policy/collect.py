@@ -29,6 +29,7 @@ from policy.replay_buffer import EPISODES, ReplayBuffer
 CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "policy"
 DATA_DIR: Final = Path("data/robots")
 FACTS: Final = "facts.json"
+COLLECTED_WITH: Final = "collected_with"  # attribute: the options that decide what is collected
 TRIES: Final = 3  # of an episode whose worker dies
 SPARE_FAILURES: Final = 10
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -155,8 +156,10 @@ class _Collection:
             if len(kept) < self._config.episodes:
                 (failed if record.failure else kept).append(record)
         attributes = {
-            **self._config.identity,
+            "task": self._config.task,
+            "source": "expert",
             **parse_json((self._folder / FACTS).read_bytes()),
+            COLLECTED_WITH: self._config.identity,
             "failed": [{"seed": record.seed, "failure": record.failure} for record in failed],
             EPISODES: [_known(record) for record in kept],
         }
@@ -299,8 +302,12 @@ def _finished(config: CollectConfig) -> ReplayBuffer:
     """
     buffer = ReplayBuffer.load(config.folder, keys=[])
     expected = {**config.identity, "episodes": config.episodes}
-    found = {key: buffer.attributes.get(key) for key in config.identity} | {"episodes": len(buffer)}
-    differing = [f"{key} (was {found[key]}, now {expected[key]})" for key in expected if expected[key] != found[key]]
+    found = {**buffer.attributes.get(COLLECTED_WITH, {}), "episodes": len(buffer)}
+    differing = [
+        f"{key} (was {found.get(key, 'absent')}, now {value})"
+        for key, value in expected.items()
+        if key not in found or found[key] != value
+    ]
     if differing:
         raise UserError(
             f"{config.folder} holds other demonstrations: {', '.join(differing)}; choose out=OTHER or delete it"

@@ -103,7 +103,7 @@ class Recorder:
         names = "STATE_NAMES" if self._settings.observation == "state" else "PROPRIOCEPTION_NAMES"
         return {
             "environment": envs.TASKS[self._settings.task],
-            "action_kind": getattr(task, "action_kind", "absolute"),
+            "action": getattr(task, "action_kind", "absolute"),
             "action_low": self._box.low.tolist(),
             "action_high": self._box.high.tolist(),
             "state_names": list(getattr(task, names, ())),

@@ -183,7 +183,7 @@ def test_same_command_again_changes_nothing(undisturbed: Path, capsys: pytest.Ca
 
 def test_attributes_say_where_the_episodes_come_from(undisturbed: Path) -> None:
     attributes = ReplayBuffer.load(undisturbed).attributes
-    assert attributes["task"] == "block_push" and attributes["action_kind"] == "absolute"
+    assert attributes["task"] == "block_push" and attributes["action"] == "absolute"
     assert attributes["state_names"] == list(BlockPush.STATE_NAMES)
     assert [episode["seed"] for episode in attributes["episodes"]] == [0, 1, 2]
     assert {"mujoco", "gymnasium", "numpy"} == set(attributes["versions"])
