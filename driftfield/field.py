@@ -79,9 +79,10 @@ def drifting_field(
             small bias, as masked columns have one entry less); without it every sample is drawn inwards.
         normalize_over: "xy", "y" or "none" (Table 11); or "x", which is not the paper's: a softmax over x alone, and
             no product with the other side's sum. Every positive then shares one unit of pull among the samples, the
-            nearest first, so that one positive per group does not pull all of them alike. With `repulsion=0` that is
-            a step of EM for the likelihood of the positives under a mixture of kernels centred at x: V vanishes where
-            every sample is the mean of the positives in its share.
+            nearest first, so that one positive per group does not pull all of them alike. With repulsion, as many
+            negatives as positives keep the balance. With `repulsion=0` it is a step of EM for the likelihood of the
+            positives under a mixture of kernels centred at x: V vanishes where every sample is the mean of the
+            positives in its share.
         affinity_floor: lower bound of the squared affinity; the release's loss has 1e-6.
         attraction, repulsion: factors on V+ and V- (Table 1).
 

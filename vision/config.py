@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from driftfield.kernel import NormalizeOver
 from driftfield.training import option
 from driftfield.training.device import Device
 from vision.data import DatasetName
@@ -82,7 +83,7 @@ class LossConfig:
     normalize_features: bool | None = option("divide features by their scale (Eq. 21)")
     normalize_drift: bool | None = option("divide the drift of each τ by its norm (Eq. 25)")
     affinity_floor: float | None = option("lower bound of the squared affinity", min=0)
-    normalize_over: Literal["xy", "y", "none"] = option("softmax over targets and samples, targets alone, none")
+    normalize_over: NormalizeOver = option("softmax over: targets and samples, targets (y), samples (x), none")
     attraction: float = option("factor on V+ (Table 1)", min=0)
     repulsion: float = option("factor on V- (Table 1)", min=0)
     check_finite: bool = option("stop at the first NaN or infinity, naming it; costs a wait for the device")

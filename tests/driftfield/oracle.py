@@ -31,17 +31,17 @@ def kernel(distances: Array, temperature: float, *, over: str, masked: set[tuple
             if over == "none":
                 result[i, j] = math.exp(logits[i, j])
                 continue
-            row = sum(copies[k] * math.exp(logits[i, k] - logits[i].max()) for k in range(num_targets))
-            over_targets = math.exp(logits[i, j] - logits[i].max()) / row
-            if over == "y":
-                result[i, j] = over_targets
-                continue
             top = logits[:, j].max()
             if top == -math.inf:  # the only pair of this target is masked: a softmax over one entry
                 over_x = 1.0 / num_samples
             else:
                 over_x = math.exp(logits[i, j] - top) / sum(math.exp(logits[k, j] - top) for k in range(num_samples))
-            result[i, j] = math.sqrt(over_targets * over_x)
+            if over == "x":
+                result[i, j] = over_x
+                continue
+            row = sum(copies[k] * math.exp(logits[i, k] - logits[i].max()) for k in range(num_targets))
+            over_targets = math.exp(logits[i, j] - logits[i].max()) / row
+            result[i, j] = over_targets if over == "y" else math.sqrt(over_targets * over_x)
     return result
 
 
@@ -77,6 +77,8 @@ def field(
     for i in range(num_samples):
         a = [max(affinity[i, j], math.sqrt(floor)) * w[j] * copies[j] for j in range(num_targets)]
         negative_sum, positive_sum = sum(a[:num_negatives]), sum(a[num_negatives:])
+        if over == "x":
+            negative_sum = positive_sum = 1.0
         for j in range(num_targets):
             if j < num_negatives:
                 drift[i] -= repulsion * a[j] * positive_sum * (targets[j] - x[i])

@@ -128,7 +128,7 @@ def mean_field(over: NormalizeOver, *, mask_self: bool, shift: float = 0.0) -> t
     return drift.mean(0), drift.std(0) / len(drift) ** 0.5
 
 
-@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("over", ["xy", "y", "none"])
 def test_equilibrium_in_expectation_needs_the_mask(over: NormalizeOver) -> None:
     mean, error = mean_field(over, mask_self=True)
     biased, _ = mean_field(over, mask_self=False)
@@ -195,7 +195,11 @@ def test_weights_act_linearly(sets: list[torch.Tensor], over: NormalizeOver, see
     def drift(weight: torch.Tensor | None) -> torch.Tensor:
         return drifting_field(x, p, q, temperature=0.5, normalize_over=over, negative_weight=weight)
 
-    assert_close(drift(2.0 * first + 3.0 * second), 2.0 * drift(first) + 3.0 * drift(second))
+    without = drift(torch.zeros_like(first))  # "x" is attracted by the positives all the same
+    assert over == "x" or not without.any()
+    assert_close(
+        drift(2.0 * first + 3.0 * second) - without, 2.0 * (drift(first) - without) + 3.0 * (drift(second) - without)
+    )
     assert_close(drift(torch.ones_like(first)), drift(None))
 
 
@@ -217,7 +221,8 @@ def test_weight_zero_leaves_a_negative_to_the_softmax_alone(sets: list[torch.Ten
         [[math.exp(-oracle.distance(a, b) / 0.5) for b in everything.numpy()] for a in x.numpy()], dtype=torch.float64
     )
     share = kernel[:, : len(p) + len(q)].sum(1, keepdim=True) / kernel.sum(1, keepdim=True)
-    factor = {"xy": share, "y": share.square(), "none": torch.ones_like(share)}[over]
+    one = torch.ones_like(share)
+    factor = {"xy": share, "y": share.square(), "x": one, "none": one}[over]
     assert_close(zeroed, factor * left_out)
 
 
@@ -229,9 +234,31 @@ def test_repeated_positives_are_one_point_counted_often(sets: list[torch.Tensor]
     assert_close(found, expected)
 
 
+def test_over_x_without_repulsion_is_a_step_of_em() -> None:
+    """x + V / Σ_p A is the mean of the positives in the share of x, and V = 0 where x is that mean already."""
+    x, p = torch.randn(6, 2, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    for _ in range(2_000):
+        share = torch.softmax(-torch.cdist(x, p) / 0.3, 0)  # [6, 40]
+        mean = share @ p / share.sum(1, keepdim=True)
+        drift = drifting_field(x, p, x, temperature=0.3, normalize_over="x", repulsion=0.0)
+        assert_close(x + drift / share.sum(1, keepdim=True), mean)
+        x = mean
+    assert drift.norm() < 1e-6 < torch.cdist(x, x).fill_diagonal_(1.0).min()  # at rest, and not all in one point
+
+
+def test_over_x_tells_which_sample_is_nearest_to_a_single_positive() -> None:
+    """With one positive the product of Alg. 2 pulls all samples alike once they are close together; "x" does not."""
+    x = torch.tensor([[0.000, 0.0], [0.001, 0.0]])
+    positive = torch.tensor([[1.0, 0.0]])
+    near = drifting_field(x, positive, x, temperature=1e-4, normalize_over="x", repulsion=0.0)[:, 0]
+    assert near[1] > 1000 * near[0] > 0
+    alike = drifting_field(x, positive, x, temperature=1e-4, mask_self=True, affinity_floor=1e-6)[:, 0]
+    assert abs(alike[1] / alike[0] - 1) < 0.01
+
+
 @given(point_sets(), overs)
 def test_a_batch_merged_with_its_copy(sets: list[torch.Tensor], over: NormalizeOver) -> None:
-    """Doubling all three sets halves A of "xy" and "y" and doubles every sum; the bare kernel grows with the sums."""
+    """Doubling all three sets halves A of "xy", "y" and "x" and doubles every sum; the bare kernel grows with them."""
     x, p, q = sets
     merged = drifting_field(*(torch.cat([s, s]) for s in sets), temperature=0.5, normalize_over=over)
     alone = drifting_field(x, p, q, temperature=0.5, normalize_over=over)
@@ -284,7 +311,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
     ({"temperature": float("nan")}, "temperature must be > 0, got nan"),
     ({"affinity_floor": -1.0}, "affinity_floor must be >= 0, got -1.0"),
-    ({"normalize_over": "x"}, "normalize_over must be one of 'xy', 'y', 'none', got 'x'"),
+    ({"normalize_over": "z"}, "normalize_over must be one of 'xy', 'y', 'x', 'none', got 'z'"),
     ({"negative_weight": torch.ones(3)}, r"negative_weight must have one entry per sample, \[4\], got \[3\]"),
 ]
 

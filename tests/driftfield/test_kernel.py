@@ -93,8 +93,8 @@ def test_affinity_normalisations_of_table_11() -> None:
     torch.testing.assert_close(over_xy, (over_y * over_x).sqrt())
 
 
-@pytest.mark.parametrize("over", ["y", "xy"])
+@pytest.mark.parametrize("over", ["y", "x", "xy"])
 def test_a_normalised_kernel_survives_the_lowest_temperature(over: NormalizeOver) -> None:
     distance = torch.full((6, 9), 50.0)  # exp(-50 / 0.001) is 0
-    expected = torch.full((6, 9), (1 / 9) ** 0.5 * (1 / 6) ** 0.5 if over == "xy" else 1 / 9)
-    torch.testing.assert_close(affinity(distance, 1e-3, normalize_over=over), expected)
+    value = {"y": 1 / 9, "x": 1 / 6, "xy": (1 / 9 / 6) ** 0.5}[over]
+    torch.testing.assert_close(affinity(distance, 1e-3, normalize_over=over), torch.full((6, 9), value))

@@ -355,7 +355,7 @@ def test_wrong_arguments_are_named(name: str) -> None:
         ({"temperatures": (0.1, 0.0)}, r"temperatures must be one or more numbers > 0, got \(0.1, 0.0\)"),
         ({"temperatures": (float("nan"),)}, r"temperatures must be one or more numbers > 0, got \(nan,\)"),
         ({"recipe": "offical"}, "recipe must be one of 'official', 'paper', got 'offical'"),
-        ({"normalize_over": "x"}, "normalize_over must be one of 'xy', 'y', 'none', got 'x'"),
+        ({"normalize_over": "z"}, "normalize_over must be one of 'xy', 'y', 'x', 'none', got 'z'"),
         ({"affinity_floor": -1e-6}, "affinity_floor must be >= 0, got -1e-06"),
         ({"affinity_floor": float("nan")}, "affinity_floor must be >= 0, got nan"),
     ],
