@@ -20,7 +20,7 @@ PHYSICS_STEPS: Final = 40  # of 2 ms per action
 CONTROL_DT_S: Final = 0.08
 ROBOT_JOINTS: Final = 9
 COORDINATES: Final = 30
-GOAL_ENTRIES: Final = 30  # zeros: the goal that other users of this observation put there is masked
+GOAL_ENTRIES: Final = 30  # zeros: the goal that relay policy learning has there is masked
 LOW: Final = np.array([-2.9, -1.8, -2.9, -3.1, -2.9, 0.0, -2.9, 0.0, 0.0])
 HIGH: Final = np.array([2.9, 1.8, 2.9, 0.0, 2.9, 3.8, 2.9, 0.04, 0.04])
 LARGEST_SPEED: Final = 10.0  # rad/s and m/s
@@ -94,8 +94,8 @@ class Kitchen(MujocoTask):
     |-------------|--------------|------------------------------------------------|--------|-----------------------|
     | "state"     | 0 to 6       | joints of the arm                              | rad    | robot:panda0_joint1-7 |
     |             | 7 8          | fingers                                        | m      | robot:panda0_finger_* |
-    |             | 9 11 13 15   | knobs: bottom right, bottom, top right, top    | rad    | knob_Joint_1-4        |
-    |             | 10 12 14 16  | their burners                                  | m      | *_burner              |
+    |             | 9 11 13 15   | knobs of burners: bottom right, left; top      | rad    | knob_Joint_1-4        |
+    |             | 10 12 14 16  | the burners, which follow                      | m      | *_burner              |
     |             | 17 18        | light switch, light                            | rad, m | light_switch, _joint  |
     |             | 19           | slide cabinet                                  | m      | slide_cabinet         |
     |             | 20 21        | hinge cabinet: left and right door             | rad    | *_hinge_cabinet       |
@@ -124,11 +124,25 @@ class Kitchen(MujocoTask):
     PHASES: ClassVar[tuple[str, ...]] = ("p1", "p2", "p3", "p4")
     RENDER_CAMERA: ClassVar[str] = CAMERA
     IMAGE_SIZE: ClassVar[tuple[int, int]] = (96, 96)
+    PROPRIOCEPTION_NAMES: ClassVar[tuple[str, ...]] = (
+        *(f"arm_joint_{number}" for number in range(1, 8)),
+        "finger_1",
+        "finger_2",
+    )
+    STATE_NAMES: ClassVar[tuple[str, ...]] = (
+        *PROPRIOCEPTION_NAMES,
+        *("bottom_right_knob", "bottom_right_burner", "bottom_left_knob", "bottom_left_burner"),
+        *("top_right_knob", "top_right_burner", "top_left_knob", "top_left_burner"),
+        *("light_switch", "light", "slide_cabinet", "left_hinge_cabinet", "right_hinge_cabinet", "microwave"),
+        *(f"kettle_{coordinate}" for coordinate in ("x", "y", "z", "quat_w", "quat_x", "quat_y", "quat_z")),
+        *(f"masked_goal_{index}" for index in range(GOAL_ENTRIES)),
+    )
 
     def __init__(self, *, observation: Observation = "state", **keywords: Any) -> None:
         super().__init__(model_path(), observation=observation, **keywords)
         self.action_space = spaces.Box(LOW.astype(np.float32), HIGH.astype(np.float32))
-        readings = spaces.Box(-np.inf, np.inf, (_state_size(observation),), np.float32)
+        names = self.STATE_NAMES if observation == "state" else self.PROPRIOCEPTION_NAMES
+        readings = spaces.Box(-np.inf, np.inf, (len(names),), np.float32)
         if observation == "state":
             self.observation_space = spaces.Dict({"state": readings})
         else:
@@ -241,10 +255,6 @@ def model_path() -> Path:
         message = f"the kitchen needs {PACKAGE}, which is not installed: pip install -e '.[simulators]'"
         raise ModuleNotFoundError(message, name=PACKAGE)
     return Path(found.origin).parent / MODEL
-
-
-def _state_size(observation: Observation) -> int:
-    return COORDINATES + GOAL_ENTRIES if observation == "state" else ROBOT_JOINTS
 
 
 def _prepare_view(model: mujoco.MjModel) -> None:

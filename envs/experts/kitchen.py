@@ -76,7 +76,7 @@ def turn_burner(task: Kitchen, np_random: np.random.Generator) -> list[Waypoint]
 
 def flip_switch(task: Kitchen, np_random: np.random.Generator) -> list[Waypoint]:
     """Push the light's switch to the left."""
-    x, _, z = task.model.site("light_site").pos + task.data.body("lightswitchroot").xpos
+    x, _, z = task.data.body("lightswitchroot").xpos + task.model.site("light_site").pos  # of the switch turned off
     y, above = np_random.uniform(0.58, 0.59), np_random.uniform(0.008, 0.015)
     return [
         Waypoint((x + 0.095, 0.45, z + above)),
@@ -173,8 +173,7 @@ class KitchenExpert:
 
     def _begin_next(self) -> None:
         completed = self._task.completed()
-        if not self._waiting:
-            self._waiting = [name for name in self.order if name not in completed]
+        self._waiting = [name for name in self._waiting or self.order if name not in completed]
         if not self._waiting:
             return
         first, *rest = PRIMITIVES[self._waiting.pop(0)](self._task, self._np_random)

@@ -92,9 +92,11 @@ def test_state_is_qpos_in_the_model_s_order_and_a_masked_goal(kitchen: Kitchen) 
     assert state.shape == (60,)
     np.testing.assert_array_equal(state[30:], 0.0)
     assert (np.abs(state[:30] - START_QPOS) <= 0.1 * NOISE_AMPLITUDES + 1e-6).all()
-    places = {"robot:panda0_joint1": 0, "knob_Joint_2": 11, "light_switch": 17, "microwave": 22, "kettle": 23}
-    for name, place in places.items():
-        assert kitchen.model.joint(name).qposadr[0] == place
+    assert len(kitchen.STATE_NAMES) == 60 and kitchen.STATE_NAMES[:9] == kitchen.PROPRIOCEPTION_NAMES
+    joints = {"knob_Joint_2": "bottom_left_knob", "knob_Joint_3": "top_right_knob"}
+    same = ("bottom_left_burner", "top_left_burner", "light_switch", "slide_cabinet", "left_hinge_cabinet", "microwave")
+    for joint, name in (joints | dict(zip(same, same, strict=True)) | {"kettle": "kettle_x"}).items():
+        assert kitchen.STATE_NAMES[kitchen.model.joint(joint).qposadr[0]] == name
 
 
 def test_noise_is_uniform_of_the_given_amplitude_and_a_function_of_seed_and_step(kitchen: Kitchen) -> None:
