@@ -7,11 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from policy.data_error import DataError, available
+from driftfield.training.schema import nearest
+from policy.data_error import DataError
 from policy.replay_buffer import HEADER, ReplayBuffer
 from policy.zarr_arrays import ZarrStore
 
-Format = Literal["driftfield", "diffusion_policy", "block_push", "kitchen", "robomimic", "lerobot"]
+Format = Literal["auto", "driftfield", "diffusion_policy", "block_push", "kitchen", "robomimic", "lerobot"]
 
 # Format -> module and function; a module is imported when it is needed, for each may need a library of its own.
 _READERS: Final[dict[str, tuple[str, str]]] = {
@@ -27,9 +28,7 @@ _KNOWN: Final = (
 )
 
 
-def load_demonstrations(
-    path: str | os.PathLike[str], *, format: Format | Literal["auto"] = "auto", **options: Any
-) -> ReplayBuffer:
+def load_demonstrations(path: str | os.PathLike[str], *, format: Format = "auto", **options: Any) -> ReplayBuffer:
     """Read demonstrations.
 
     Args:
@@ -45,7 +44,8 @@ def load_demonstrations(
     if format == "auto":
         format = detect_format(path)
     elif format not in get_args(Format):
-        raise DataError(f"format: expected {available(str(format), get_args(Format)).removeprefix('found ')}")
+        known = get_args(Format)
+        raise DataError(f"format: expected one of {', '.join(known)}, found {format!r}{nearest(format, known)}")
     reader = _reader(format)
     allowed = [
         name for name, parameter in inspect.signature(reader).parameters.items() if name not in ("path", "folder")

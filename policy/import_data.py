@@ -19,7 +19,7 @@ class ImportConfig:
 
     source: Path = option("file or folder of the demonstrations")
     out: Path = option("folder to be made")
-    format: Format | Literal["auto"] = option("whose format; auto: by what is there", "auto")
+    format: Format = option("whose format; auto: by what is there", "auto")
     observation: Literal["state", "image"] | None = option(
         "what is seen: numbers alone, or cameras (diffusion_policy, robomimic, lerobot)", None
     )
