@@ -242,8 +242,9 @@ def test_plans_have_equal_odds(task: BlockPush) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["absolute", "delta"])
-def test_expert_solves_nearly_every_episode(action: Any) -> None:
+@pytest.mark.parametrize(("action", "episodes"), [("absolute", 100), ("delta", 30)])
+def test_expert_solves_nearly_every_episode(action: Any, episodes: int) -> None:
     task = BlockPush(action=action)
-    phases = [play(task, seed)[3]["phases"] for seed in range(100)]
-    assert sum(done >= 1 for done in phases) >= 99 and sum(done >= 2 for done in phases) >= 99
+    phases = [play(task, seed)[3]["phases"] for seed in range(episodes)]
+    assert sum(done >= 1 for done in phases) >= 0.99 * episodes
+    assert sum(done >= 2 for done in phases) >= 0.99 * episodes
