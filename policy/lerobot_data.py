@@ -8,6 +8,8 @@ videos/KEY/chunk-000/file-000.mp4               frames of a camera
 
 import io
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -213,20 +215,33 @@ def _by_file(
 
 
 def _decoded(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """The frames of a video, each as often as it is stored."""
+    """The frames of a video, each as often as it is stored, by imageio-ffmpeg's ffmpeg."""
     if not path.is_file():
         raise DataError(f"{path}: expected a video; there is no such file")
-    frames = imageio_ffmpeg.read_frames(path, pix_fmt="rgb24", output_params=["-fps_mode", "passthrough"])
-    try:
-        described = next(frames)
-        if described["size"][::-1] != size:
-            raise DataError(f"{path}: expected frames of {size} (height, width), found {described['size'][::-1]}")
-        for content in frames:
-            yield np.frombuffer(content, np.uint8).reshape(*size, 3)
-    except (OSError, RuntimeError, StopIteration) as error:
-        raise DataError(f"{path}: expected a video, found {type(error).__name__}: {error}") from error
-    finally:
-        frames.close()
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}"]
+    command += ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        if process.stdout is None:
+            raise RuntimeError("a process with stdout=PIPE has no stdout")
+        try:
+            while header := process.stdout.readline():  # of a PPM: "P6", width and height, 255, and then the pixels
+                width, height = map(int, process.stdout.readline().split())
+                if (height, width) != size or header != b"P6\n" or process.stdout.readline() != b"255\n":
+                    raise DataError(f"{path}: expected frames of {size} (height, width), found {(height, width)}")
+                content = process.stdout.read(height * width * 3)
+                if len(content) < height * width * 3:
+                    break
+                yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+            failed = process.wait()
+        finally:
+            process.kill()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().partition("\n")[0]
+        if failed or said:
+            raise DataError(f"{path}: expected a whole video, ffmpeg says: {said or f'exit code {failed}'}")
 
 
 def _size(feature: dict[str, Any]) -> tuple[int, int]:
