@@ -24,6 +24,7 @@ SEED = 100_000
 STEPS = 200
 FEW = 20
 SLOW = {"lift", "tool_hang"}  # a reset of Lift and a step of ToolHang take longest; Can stands for them in `make test`
+SLOWLY = (pytest.mark.slow, pytest.mark.timeout(900))
 SIMULATED = {"can", "kitchen", *SLOW}  # tens of milliseconds a step or a picture
 # Advice of gymnasium's checker that a task in metres, radians or pixels does not take.
 ADVICE = (
@@ -33,7 +34,7 @@ ADVICE = (
 
 
 def rows(names: Iterable[str], slow: set[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+    return [pytest.param(name, marks=SLOWLY) if name in slow else name for name in names]
 
 
 every_task = pytest.mark.parametrize("name", rows(envs.TASKS, SLOW))
@@ -154,7 +155,7 @@ def test_the_registry_says_what_the_class_says(built: Built, name: str) -> None:
     ("name", "steps"),
     [(name, STEPS) for name in envs.TASKS if name not in SIMULATED]
     + [("can", FEW), ("kitchen", FEW)]
-    + [pytest.param(name, STEPS, marks=pytest.mark.slow) for name in sorted(SIMULATED)],
+    + [pytest.param(name, STEPS, marks=SLOWLY) for name in sorted(SIMULATED)],
 )
 def test_the_same_seed_and_actions_give_the_same_episodes(built: Built, name: str, steps: int) -> None:
     first, second = built.task(name), built.task(name, instance=1)
@@ -179,7 +180,7 @@ for name in {names!r}:
     ("names", "steps"),
     [
         (["arm_reach", "push_t", "block_push"], STEPS),
-        pytest.param(sorted(SIMULATED), FEW, marks=pytest.mark.slow),
+        pytest.param(sorted(SIMULATED), FEW, marks=SLOWLY),
     ],
 )
 def test_another_process_sees_the_same_episodes(built: Built, names: list[str], steps: int) -> None:
