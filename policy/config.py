@@ -95,6 +95,7 @@ class TrainConfig:
     horizon: int = option("T, actions of a chunk", min=1)
     action_steps: int = option("Ta, actions executed before the next prediction", min=1)
     crop: int | None = option("side of the crop of images, in pixels", min=33)
+    frequencies: int = option("sines and cosines beside each number of an observation, at so many frequencies", min=0)
     network: NetworkConfig = option("the action network")
     drifting: DriftingConfig = option("of method=drifting")
     diffusion: DiffusionConfig = option("of method=diffusion")

@@ -60,9 +60,11 @@ class ObservationEncoder(nn.Module):
     Args:
         shapes: per key the shape of one observation: (H, W, 3) of a camera, (D,) of anything else.
         crop: side of the crop in pixels; None keeps whole images.
+        frequencies: F; beside each number its sines and cosines at π/2, π, ... 2^(F-1) π/2: small differences count.
 
     Raises:
-        ValueError: no keys, another kind of shape, an image or crop below 33 pixels, or a crop that does not fit.
+        ValueError: no keys, another kind of shape, an image or crop below 33 pixels, a crop that does not fit, or
+            frequencies below 0.
             `forward`: a key is missing or its shape or dtype is another.
 
     >>> encoder = ObservationEncoder({"state": (9,), "wrist": (48, 48, 3)}, crop=40)
@@ -71,8 +73,10 @@ class ObservationEncoder(nn.Module):
     (torch.Size([1, 2, 73]), 73)
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, crop: int | None = None) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, crop: int | None = None, frequencies: int = 0) -> None:
         super().__init__()
+        if frequencies < 0:
+            raise ValueError(f"frequencies must be at least 0, got {frequencies}")
         if not shapes:
             raise ValueError("shapes must have at least one observation, got none")
         for key, shape in shapes.items():
@@ -81,7 +85,10 @@ class ObservationEncoder(nn.Module):
         self.cameras = {key: tuple(shapes[key]) for key in sorted(shapes) if len(shapes[key]) == 3}
         self.numbers = {key: tuple(shapes[key]) for key in sorted(shapes) if len(shapes[key]) == 1}
         self.encoders = nn.ModuleList(CameraEncoder() for _ in self.cameras)  # a camera's name may have a dot
-        self.dim = CAMERA_DIM * len(self.cameras) + sum(size for (size,) in self.numbers.values())
+        self.frequencies = frequencies
+        self.dim = CAMERA_DIM * len(self.cameras) + (1 + 2 * frequencies) * sum(
+            size for (size,) in self.numbers.values()
+        )
 
     def forward(self, observation: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
         """Encode observations; nothing is mixed between rows or times.
@@ -98,7 +105,11 @@ class ObservationEncoder(nn.Module):
             self._see(_checked(observation, key, shape, torch.uint8), encoder, generator)
             for (key, shape), encoder in zip(self.cameras.items(), self.encoders, strict=True)
         ]
-        features += [_checked(observation, key, shape) for key, shape in self.numbers.items()]
+        numbers = [_checked(observation, key, shape) for key, shape in self.numbers.items()]
+        features += numbers
+        for octave in range(self.frequencies):
+            for wave in (torch.sin, torch.cos):
+                features += [wave(number * (2**octave * torch.pi / 2)) for number in numbers]
         return torch.cat(features, dim=2)
 
     def _see(self, images: Tensor, encoder: nn.Module, generator: torch.Generator | None) -> Tensor:

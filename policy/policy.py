@@ -51,6 +51,7 @@ class Policy(nn.Module):
         horizon: T.
         action_steps: Ta.
         crop: side of the crop of images, in pixels.
+        frequencies: sines and cosines beside each number of an observation, as for `ObservationEncoder`.
         task: name of the task in `envs.TASKS`, for whoever rolls the policy out.
         task_options: keywords of `envs.make`.
 
@@ -69,6 +70,7 @@ class Policy(nn.Module):
         horizon: int = 16,
         action_steps: int = 8,
         crop: int | None = None,
+        frequencies: int = 0,
         task: str = "",
         task_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -80,13 +82,16 @@ class Policy(nn.Module):
         self.config: dict[str, Any] = {
             "shapes": {key: list(shape) for key, shape in shapes.items()}, "action_dim": action_dim,
             "normalizer": dict(normalizer), "network": dict(network), "obs_steps": obs_steps, "horizon": horizon,
-            "action_steps": action_steps, "crop": crop, "task": task, "task_options": dict(task_options or {}),
+            "action_steps": action_steps, "crop": crop, "frequencies": frequencies, "task": task,
+            "task_options": dict(task_options or {}),
         }  # fmt: skip
         self.action_dim, self.horizon = action_dim, horizon
         self.obs_steps, self.action_steps = obs_steps, action_steps
         self.task, self.task_options = task, dict(task_options or {})
         self.normalizer = Normalizer(**normalizer)
-        self.encoder = ObservationEncoder({key: tuple(shape) for key, shape in shapes.items()}, crop=crop)
+        self.encoder = ObservationEncoder(
+            {key: tuple(shape) for key, shape in shapes.items()}, crop=crop, frequencies=frequencies
+        )
         self.network = build_network(network, action_dim, self.encoder.dim, obs_steps, horizon)
         self.reset()
 

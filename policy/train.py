@@ -256,7 +256,7 @@ def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:
     if not keys:
         raise UserError(f"demonstrations: expected the observation 'state', found {', '.join(arrays)}")
     sizes = {key: arrays[key].shape[-1] for key in (*keys, ACTION) if arrays[key].ndim == 2}
-    kind = config.action or buffer.attributes.get("action") or "absolute"
+    kind = config.action or buffer.attributes.get("action_kind") or "absolute"
     normalizer = Normalizer(task_parts(config.task, sizes, observation=config.observation, action=kind))
     options: dict[str, Any] = {"observation": config.observation}
     if config.action is not None:
@@ -273,6 +273,7 @@ def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:
                 horizon=config.horizon,
                 action_steps=config.action_steps,
                 crop=config.crop,
+                frequencies=config.frequencies,
                 task=config.task,
                 task_options=options,
                 **config.method_keywords(),
