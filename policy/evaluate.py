@@ -14,18 +14,19 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from driftfield.training import Progress, RunFolder, UserError, option, run_program, to_plain
+from driftfield.training import Progress, RunFolder, UserError, generator, option, run_program, to_plain
 from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.device import Device, choose_device
 from policy.config import CONFIG_DIR
 from policy.policy import Policy, load_policy
 from policy.rollout import Episode, PolicyError, RolloutError, rollout
 from policy.success import Summary, best_and_last, summarize, table
+from policy.train import MODEL, SNAPSHOTS
 from policy.video import film
 
-MODEL: Final = "model"  # folder of the finished policy inside its run folder
-SNAPSHOTS: Final = "snapshots"  # folder inside a run: policies through training
+WARM_UP: Final = 3  # predictions that are not timed
 LOG, VIDEO = "eval_log.json", "episodes.mp4"
 SIMULATORS: Final = ("mujoco", "gymnasium", "robosuite", "gymnasium-robotics")  # scores differ between versions
 
@@ -42,14 +43,14 @@ class EvaluateConfig:
     workers: int = option("processes that simulate; 0: this one", min=0)
     batch: int = option("episodes at once, each in an environment of its own; changes the last bits of actions", min=1)
     device: Device = option("where the policy computes")
-    latency_episodes: int = option("episodes more, one at a time, whose predictions are timed", min=0)
+    latency_chunks: int = option("predictions for one robot that are timed; 0: none", min=0)
     show: int = option("successes in the video, and as many failures; 0: no video", min=0)
     timeout_s: float = option("seconds for a reset or a slice after which a worker counts as hung", above=0)
     failure_cap: float = option("share of episodes whose environment may raise", min=0, max=1)
 
 
 class Latency(NamedTuple):
-    """Seconds of a prediction for one robot: a chunk, of which the policy executes its slice."""
+    """Seconds from one robot's observation to its actions, on the device and the threads of this process."""
 
     p50_s: float
     p95_s: float
@@ -63,7 +64,7 @@ class Evaluation(NamedTuple):
         name: of its folder inside the run.
         episodes: in order of their seeds.
         summary: their figures.
-        latency: with a batch of one; None if it was not asked for.
+        latency: of a prediction; None if it was not asked for.
         seconds: that the episodes took.
     """
 
@@ -128,40 +129,55 @@ def _load(path: Path, device: torch.device) -> Policy:
         raise UserError(f"run_dir: {error}") from error
 
 
+class _Witness(nn.Module):
+    """The policy, and the last thing that it was asked."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy, self.obs_steps, self.action_steps = policy, policy.obs_steps, policy.action_steps
+        self.observation: dict[str, Tensor] = {}
+
+    def predict(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        self.observation = observation
+        return self.policy.predict(observation, generators)
+
+
 def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
-    seeds = range(config.first_seed, config.first_seed + config.episodes)
+    witness = _Witness(policy)
     start = time.monotonic()
-    with Progress(len(seeds), unit="episodes") as progress:
-        episodes = _roll_out(config, policy, seeds, batch=config.batch, progress=progress)
+    with Progress(config.episodes, unit="episodes") as progress:
+        episodes = rollout(
+            witness,
+            policy.task,
+            task_options=policy.task_options,
+            seeds=range(config.first_seed, config.first_seed + config.episodes),
+            workers=config.workers,
+            batch=config.batch,
+            noise_seed=config.noise_seed,
+            timeout_s=config.timeout_s,
+            failure_cap=config.failure_cap,
+            progress=progress,
+        )
     seconds = time.monotonic() - start
-    return Evaluation(name, episodes, summarize(episodes), _latency(config, policy), seconds)
-
-
-def _roll_out(
-    config: EvaluateConfig, policy: Policy, seeds: Sequence[int], *, batch: int, progress: Progress | None = None
-) -> list[Episode]:
-    return rollout(
-        policy,
-        policy.task,
-        task_options=policy.task_options,
-        seeds=seeds,
-        workers=config.workers,
-        batch=batch,
-        noise_seed=config.noise_seed,
-        timeout_s=config.timeout_s,
-        failure_cap=config.failure_cap,
-        progress=progress,
+    return Evaluation(
+        name, episodes, summarize(episodes), _latency(policy, witness.observation, config.latency_chunks), seconds
     )
 
 
-def _latency(config: EvaluateConfig, policy: Policy) -> Latency | None:
-    """Time predictions as one robot would ask for them; the first one warms up."""
-    seeds = range(config.first_seed, config.first_seed + min(config.latency_episodes, config.episodes))
-    times = [seconds for episode in _roll_out(config, policy, seeds, batch=1) for seconds in episode.latencies][1:]
-    if not times:
+def _latency(policy: Policy, observation: Mapping[str, Tensor], chunks: int) -> Latency | None:
+    """Time predictions of a batch's first row; the first ones warm up."""
+    if not (chunks and observation):
         return None
-    median, late = np.quantile(times, [0.5, 0.95]).tolist()
-    return Latency(median, late, len(times))
+    row = {key: value[:1] for key, value in observation.items()}
+    device = next(iter(row.values())).device
+    times = []
+    for chunk in range(WARM_UP + chunks):
+        draw = generator(0, "latency", chunk, device=device)
+        start = time.perf_counter()
+        policy.predict(row, [draw]).cpu()  # waits for the device
+        times.append(time.perf_counter() - start)
+    median, late = np.quantile(times[WARM_UP:], [0.5, 0.95]).tolist()
+    return Latency(median, late, chunks)
 
 
 def _record(config: EvaluateConfig, folder: Path, policy: Policy, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
@@ -190,12 +206,14 @@ def _record(config: EvaluateConfig, folder: Path, policy: Policy, evaluations: S
 
 
 def protocol(evaluations: Sequence[Evaluation]) -> dict[str, Mapping[str, float]]:
-    """The numbers of Diffusion Policy's tables, `max` and `last10`, of every figure over a training's evaluations.
+    """The numbers of Diffusion Policy's tables, `max` and `last10`, of every figure over a training's snapshots.
 
     Args:
-        evaluations: at least one, in order of training.
+        evaluations: at least one, in order of training; the finished policy counts where there is no snapshot, since
+            it is the last one again.
     """
-    summaries = [each.summary for each in evaluations]
+    snapshots = [each.summary for each in evaluations if each.name.startswith(SNAPSHOTS)]
+    summaries = snapshots or [each.summary for each in evaluations]
     figures = {"success": [each.success for each in summaries], "score": [each.score for each in summaries]}
     figures |= {f"p{k}": [each.phases[k - 1] for each in summaries] for k in range(1, 1 + len(summaries[0].phases))}
     return {name: best_and_last(values)._asdict() for name, values in figures.items()}
