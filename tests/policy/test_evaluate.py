@@ -112,8 +112,9 @@ def test_every_episode_is_logged_with_figures_versions_and_command(
 
 @pytest.mark.usefixtures("scripted")
 def test_the_figures_depend_on_no_number_of_workers_and_on_no_video(
-    run_folder: Path, capsys: pytest.CaptureFixture[str]
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("policy.rollout.MOST_FRAMES", 3)  # without a GPU a picture takes a tenth of a second
     logs = []
     video = run_folder / "evaluation" / "episodes.mp4"
     for changes in (("workers=0", "show=0"), ("workers=2", "show=1")):
