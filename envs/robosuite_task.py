@@ -1,13 +1,12 @@
 """Tasks whose world is robosuite's: a Panda arm, its gripper and the objects of one robosuite environment.
 
-robosuite builds the world, samples the initial state, turns an action into torques and says what success is. Resets that
-depend on the seed alone, complete states, spaces and pictures are made here. Measured with robosuite 1.5.2 and MuJoCo
-3.9; outcomes of contacts differ between versions.
+robosuite builds the world, samples the initial state, turns an action into torques and says what success is. Resets
+that depend on the seed alone, complete states, spaces and pictures are made here. Measured with robosuite 1.5.2 and
+MuJoCo 3.9; outcomes of contacts differ between versions.
 """
 
 import logging
 import os
-from abc import abstractmethod
 from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 import mujoco
@@ -273,7 +272,7 @@ class RobosuiteTask(Task):
 
     def _observation_space(self) -> spaces.Dict:
         names = self.PROPRIOCEPTION_NAMES if self.observation == "image" else self.STATE_NAMES
-        parts: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (len(names),), np.float32)}
+        parts: dict[str, spaces.Space[Any]] = {"state": spaces.Box(-np.inf, np.inf, (len(names),), np.float32)}
         if self.observation == "image":
             parts |= {camera: spaces.Box(0, 255, (size, size, 3), np.uint8) for camera, size in self.CAMERAS.items()}
         return spaces.Dict(parts)
@@ -288,13 +287,12 @@ class RobosuiteTask(Task):
         cache: dict[str, Any] = {}
         observables = self._world._observables
         # Relative poses last: they are computed from the others' values in the cache.
-        for name in sorted((*names, *self._relative_to(names)), key=lambda name: ("_to_" in name, "world" in name)):
+        absolute = [name for name in names if "_to_" not in name]
+        relative = [name for name in names if "_to_" in name]
+        frame = [name for name in observables if name == "world_pose_in_gripper"]
+        for name in (*absolute, *frame, *relative):
             observables[name].update(timestep=0.0, obs_cache=cache, force=True)
         return np.concatenate([np.atleast_1d(cache[name]) for name in names]).astype(np.float32)
-
-    def _relative_to(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        needed = "world_pose_in_gripper"
-        return (needed,) if any("_to_robot0" in name for name in names) else ()
 
     def _refresh_controllers(self) -> None:
         # After a reset a controller computes its first torques from what it saw while it was built.
@@ -307,7 +305,8 @@ class RobosuiteTask(Task):
 
 
 def _entry_names(observables: dict[str, str]) -> tuple[str, ...]:
-    return tuple(f"{name}_{entry}" if entry else name for name, entries in observables.items() for entry in entries or [""])
+    pairs = ((name, entry) for name, entries in observables.items() for entry in entries or [""])
+    return tuple(f"{name}_{entry}" if entry else name for name, entry in pairs)
 
 
 def _action_space(kind: ActionKind) -> spaces.Box:

@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from envs.experts.gripper_script import CLOSE, OPEN, GripperScript, Moves, from_above
+from envs.experts.gripper_script import CLOSE, OPEN, GripperScript, Moves, fixed, from_above
 from envs.robosuite_task import Pose
 
 ABOVE_M: Final = 0.12
@@ -49,7 +49,7 @@ class CanExpert(GripperScript):
         x, y = self.task.gripper_pose().position[:2]
         up = Pose(np.array([x, y, self._carried_z_m]), self._rotation)
         for goal in (up, self._at(self._carried_z_m), self._at(RELEASED_Z_M)):
-            for move in self._reach(lambda goal=goal: goal, CLOSE, speed=self._speed, within_m=0.025, within_rad=0.3):
+            for move in self._reach(fixed(goal), CLOSE, speed=self._speed, within_m=0.025, within_rad=0.3):
                 if self._is_lost():
                     return
                 yield move

@@ -78,6 +78,11 @@ class GripperScript(ABC):
             yield np.concatenate([np.zeros(6), [fingers]])
 
 
+def fixed(pose: Pose) -> Callable[[], Pose]:
+    """A goal that does not move."""
+    return lambda: pose
+
+
 def is_near(pose: Pose, goal: Pose, within_m: float, within_rad: float) -> bool:
     """Whether two poses are no further apart than this."""
     turn = Rotation.from_matrix(goal.rotation @ pose.rotation.T).magnitude()

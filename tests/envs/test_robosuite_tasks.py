@@ -31,7 +31,9 @@ def make() -> Iterator[Make]:
     def task(name: str, **options: object) -> RobosuiteTask:
         key = (name, *sorted(options.items()))
         if key not in made:
-            made[key] = envs.make(name, **options).unwrapped  # type: ignore[arg-type]
+            one = envs.make(name, **options).unwrapped  # type: ignore[arg-type]
+            assert isinstance(one, RobosuiteTask)
+            made[key] = one
         return made[key]
 
     yield task
@@ -49,7 +51,9 @@ def random_deltas(count: int) -> np.ndarray:
 # ---- what is observed
 
 
-@pytest.mark.parametrize(("name", "size", "first"), [("lift", 19, "cube"), ("can", 23, "Can"), ("tool_hang", 53, "base")])
+@pytest.mark.parametrize(
+    ("name", "size", "first"), [("lift", 19, "cube"), ("can", 23, "Can"), ("tool_hang", 53, "base")]
+)
 def test_the_state_is_robosuites_in_its_order(make: Make, name: str, size: int, first: str) -> None:
     task = make(name, action="delta")
     observation, _ = task.reset(seed=1)
@@ -61,7 +65,8 @@ def test_the_state_is_robosuites_in_its_order(make: Make, name: str, size: int, 
     task._world._get_observations(force_update=True)  # the second time, relative poses are of the present
     theirs = task._world._get_observations(force_update=True)
     keys = ("object-state", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-    np.testing.assert_array_equal(observation["state"], np.concatenate([theirs[key] for key in keys]).astype(np.float32))
+    expected = np.concatenate([theirs[key] for key in keys]).astype(np.float32)
+    np.testing.assert_array_equal(observation["state"], expected)
 
 
 @pytest.mark.parametrize(("name", "thing"), [("can", "Can"), ("tool_hang", "tool")])
@@ -339,6 +344,6 @@ def test_can_is_solved(make: Make) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lift", "can"])
-def test_experts_solve_nineteen_of_twenty(make: Make, name: str) -> None:
-    assert sum(solve(make(name), name, seed)[0] for seed in range(100, 120)) >= 19
+@pytest.mark.parametrize(("name", "episodes", "least"), [("lift", 20, 19), ("can", 20, 19), ("tool_hang", 6, 3)])
+def test_experts_solve_most_episodes(make: Make, name: str, episodes: int, least: int) -> None:
+    assert sum(solve(make(name), name, seed)[0] for seed in range(100, 100 + episodes)) >= least
