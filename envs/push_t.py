@@ -91,18 +91,42 @@ def initial_state(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PushT(MujocoTask):
-    """Push the T onto its goal.
-
-    Action: the agent's target position, px, in [0, 512]^2. State, 20 numbers: 9 key points of the block (x0, y0, x1,
-    ..., y8) and the agent's position, px. Image: camera "image" [96, 96, 3], and the agent's position as "state".
-    Reward: the covered part of the goal's area over 0.95, at most 1; the score is the largest of an episode, which
-    ends at a coverage above 0.95.
+    """A disc, the agent, pushes a T-shaped block onto its goal.
 
     The block moves quasi-statically and without friction: it stands still unless touched, and then moves just out of
-    the way. The agent moves like a damped spring towards its target, whatever is in its way.
+    the way. The agent moves like a damped spring towards its target, whatever is in its way; behind a target that moves
+    it stays by 0.2 s times the speed.
 
-    Args:
-        keywords: of Task.
+    | | |
+    |---|---|
+    | id | `driftfield/PushT-v0` |
+    | control | 10 Hz, 10 physics steps of 0.01 s each |
+    | step limit | 300 |
+    | reward | the part of the goal's area that the block covers, over 0.95, at most 1 |
+    | score | largest reward |
+    | phases | `covered`: more than 0.95 of the goal, which ends the episode |
+
+    Action [2]: where the agent shall go.
+
+    | index | what | min | max | unit | XML name |
+    |---|---|---|---|---|---|
+    | 0 | agent's target, x (to the right) | 0 | 512 | px | `agent` |
+    | 1 | agent's target, y (down) | 0 | 512 | px | `agent` |
+
+    Observation `state` [20]; with `observation="image"` rows 18 and 19 alone, beside `image` [96, 96, 3] uint8.
+
+    | index | what | min | max | unit | XML name |
+    |---|---|---|---|---|---|
+    | 0 to 17 | 9 key points of the block (`KEY_POINTS`): x0, y0, x1, ..., y8 | -inf | inf | px | `block` |
+    | 18 | agent, x | -inf | inf | px | `agent` |
+    | 19 | agent, y | -inf | inf | px | `agent` |
+
+    Initial state of a seed: `initial_state`, then one physics step. The agent is at rest.
+
+    >>> import envs
+    >>> observation, info = envs.make("push_t").reset(seed=0)
+    >>> observation["state"].shape, info["success"]
+    ((20,), False)
     """
 
     CONTROL_HZ: ClassVar[float] = 10.0
@@ -113,7 +137,7 @@ class PushT(MujocoTask):
         super().__init__("push_t.xml", **keywords)
         self.action_space = spaces.Box(0, TABLE_SIZE, (2,), np.float32)
         numbers = 2 * len(KEY_POINTS) + 2 if self.observation == "state" else 2
-        observations: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (numbers,), np.float32)}
+        observations: dict[str, spaces.Space[Any]] = {"state": spaces.Box(-np.inf, np.inf, (numbers,), np.float32)}
         if self.observation == "image":
             observations["image"] = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         self.observation_space = spaces.Dict(observations)

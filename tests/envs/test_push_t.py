@@ -131,9 +131,14 @@ def test_agent_is_a_damped_spring_whatever_is_in_its_way(task: PushT) -> None:
 
 
 def test_agent_is_behind_a_moving_target_by_a_fifth_of_a_second(monkeypatch: pytest.MonkeyPatch, task: PushT) -> None:
-    behind = []
+    behind: list[float] = []
     step, targets = task._advance, line((30, 30), (430, 30), 40)  # 10 px a control step: 100 px/s
-    monkeypatch.setattr(task, "_advance", lambda: (behind.append(target[0] - task.data.qpos[0]), step()))
+
+    def watched_step() -> None:
+        behind.append(target[0] - task.data.qpos[0])
+        step()
+
+    monkeypatch.setattr(task, "_advance", watched_step)
     task.place(np.array([30.0, 30.0]), UPRIGHT + [0, 100, 0])
     for target in targets:
         task.step(target)
@@ -328,6 +333,7 @@ def test_experts_random_numbers_say_how() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_expert_covers_the_goal_in_most_episodes() -> None:
     assert np.mean([episode(seed, seed)[1] for seed in range(20)]) >= 0.7
 
