@@ -37,8 +37,8 @@ def load_demonstrations(path: str | os.PathLike[str], *, format: Format = "auto"
         options: keywords of the format's own reader, such as `observation`, or `keys` for our own format.
 
     Raises:
-        DataError: they are missing, damaged, of no known format, or the format has no such option.
-        ModuleNotFoundError: a library that the format needs is not installed.
+        DataError: they are missing, damaged, of no known format, the format has no such option, or what it needs is not
+            installed.
     """
     path = Path(path)
     if format == "auto":
@@ -53,7 +53,10 @@ def load_demonstrations(path: str | os.PathLike[str], *, format: Format = "auto"
     for name in options:
         if name not in allowed:
             raise DataError(f"{path}: {format} has no option {name!r}: it has {', '.join(allowed)}")
-    return reader(path, **options)
+    try:
+        return reader(path, **options)
+    except ModuleNotFoundError as error:  # a simulator, which says itself how to install it
+        raise DataError(f"{path}: {error}") from error
 
 
 def detect_format(path: Path) -> Format:
@@ -85,7 +88,7 @@ def _reader(format: str) -> Callable[..., ReplayBuffer]:
     try:
         reader: Callable[..., ReplayBuffer] = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"demonstrations of format {format} need {error.name}: pip install -e '.[policy]'", name=error.name
+        raise DataError(
+            f"demonstrations of format {format} need {error.name}, which is not installed: pip install -e '.[policy]'"
         ) from error
     return reader

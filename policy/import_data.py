@@ -36,23 +36,17 @@ def main(config: ImportConfig) -> int:
     """Convert, and say what."""
     if config.out.exists():
         raise UserError(f"out: expected the name of a folder to be made, found that {config.out} exists")
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
-    options = {name: value for name, value in given.items() if value is not None}
+    names = [field.name for field in fields(config) if field.name not in ("source", "out", "format")]
+    options = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    buffer = load_demonstrations(config.source, format=config.format, **options)
     try:
-        buffer = load_demonstrations(options.pop("source"), format=options.pop("format"), **_but(options, "out"))
         buffer.save(config.out)
-    except ModuleNotFoundError as error:
-        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"out: expected a folder that can be written, found {config.out}: {error.strerror}") from error
     print(f"{config.out}: {len(buffer)} episodes, {buffer.num_steps:,} steps, SHA-256 {buffer.fingerprint}")
     for key, array in buffer.arrays.items():
         print(f"  {key}: {array.dtype} {list(array.shape)}")
     return 0
-
-
-def _but(options: dict[str, object], name: str) -> dict[str, object]:
-    return {key: value for key, value in options.items() if key != name}
 
 
 if __name__ == "__main__":

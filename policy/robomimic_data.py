@@ -80,6 +80,8 @@ def load_robomimic(
             arrays[ACTION] = _simulated(task, _concatenated(file, names, ["states"]), actions, hands, path)
         attributes: dict[str, Any] = {"task": task, "action": action, "source": "robomimic", "observation": observation}
         attributes |= {"versions": {"robosuite": version}, EPISODES: [{"demo": name} for name in names]}
+        sizes = {source[4:]: _width(file, names[0], source) for source in keys[STATE]}
+        attributes["state_names"] = [f"{key}[{entry}]" for key, size in sizes.items() for entry in range(size)]
         return ReplayBuffer(arrays, np.cumsum(lengths), attributes)
 
 

@@ -74,5 +74,5 @@ def test_a_format_that_is_none_and_a_library_that_is_missing(
     monkeypatch.delitem(sys.modules, "policy.robomimic_data", raising=False)
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "demo.hdf5").write_bytes(b"")
-    with pytest.raises(ModuleNotFoundError, match=r"format robomimic need h5py: pip install -e '.\[policy\]'"):
+    with pytest.raises(DataError, match=r"format robomimic need h5py, .*: pip install -e '.\[policy\]'"):
         load_demonstrations(tmp_path / "demo.hdf5")

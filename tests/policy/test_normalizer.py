@@ -130,6 +130,15 @@ def test_numbers_outside_of_the_data_are_counted() -> None:
     normalizer.warn_outside("action", torch.from_numpy(ACTIONS))  # warnings are errors here
 
 
+def test_clamping_moves_numbers_into_the_range_of_the_data() -> None:
+    x = torch.tensor([[-1.0, 5.0, 8.0, 0.25], [11.0, -5.0, 9.5, -3.0]])
+    expected = torch.tensor([[0.0, 4.0, 9.0, 0.25], [10.0, -4.0, 9.0, -1.0]])
+    for parts in ([Part(4)], [Part(4, "identity")], [Part(4, "max_abs")]):
+        normalizer = fitted(parts)
+        torch.testing.assert_close(normalizer.clamp("action", x), expected, rtol=0, atol=0)
+        assert normalizer.outside("action", normalizer.clamp("action", x)).count == 0
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -161,6 +162,41 @@ def test_what_is_saved_comes_back(original: Path) -> None:
     assert {key: array.dtype for key, array in loaded.arrays.items()} == {
         "action": np.float32, "state": np.float32, "image": np.uint8
     }  # fmt: skip
+
+
+def write_v3(folder: Path, array: np.ndarray, rows: int) -> None:
+    """An array of zarr's format 3 by the words of its specification, without zarr."""
+    metadata = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": array.shape,
+        "data_type": str(array.dtype),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (rows, *array.shape[1:])}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }
+    folder.mkdir(parents=True)
+    (folder / "zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
+    for number in range(-(-len(array) // rows)):
+        full = np.zeros((rows, *array.shape[1:]), array.dtype)  # a chunk at the end is stored whole
+        part = array[number * rows : (number + 1) * rows]
+        full[: len(part)] = part
+        path = folder.joinpath("c", str(number), *"0" * (array.ndim - 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(full.tobytes() + google_crc32c.value(full.tobytes()).to_bytes(4, "little"))
+
+
+def test_the_form_on_the_disk_is_that_of_the_specification(tmp_path: Path) -> None:
+    """What was written once stays readable, whatever a later version of zarr writes."""
+    expected = buffer()
+    for name, array in expected.arrays.items():
+        write_v3(tmp_path / "data" / name, array, 4)
+    write_v3(tmp_path / "meta/episode_ends", expected.episode_ends, 3)
+    for group, attributes in (("", {HEADER: {"version": 1, **expected.attributes}}), ("data", {}), ("meta", {})):
+        metadata = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        (tmp_path / group / "zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
+    assert is_same(ReplayBuffer.load(tmp_path), expected)
 
 
 def test_chunks_of_zeros_are_written_and_come_back(tmp_path: Path) -> None:

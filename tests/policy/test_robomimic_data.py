@@ -67,6 +67,12 @@ def test_the_state_is_object_and_proprioception_in_order_of_the_demonstrations(p
     buffer = load_demonstrations(path, action="delta")
     assert buffer.episode_ends.tolist() == [4, 10, 13, 18]
     assert [entry["demo"] for entry in buffer.attributes["episodes"]] == ["demo_0", "demo_1", "demo_2", "demo_10"]
+    names = buffer.attributes.pop("state_names")
+    assert names[:2] == ["object[0]", "object[1]"] and names[10:] == [
+        f"robot0_{key}[{entry}]"
+        for key, size in (("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2))
+        for entry in range(size)
+    ]
     assert buffer.attributes | {"episodes": 0} == {
         "task": "lift", "action": "delta", "observation": "state", "source": "robomimic",
         "versions": {"robosuite": "1.5.1"}, "episodes": 0,
