@@ -69,6 +69,7 @@ def test_the_network_exports_to_a_graph_that_computes_the_same() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("form", ["compile", "export"])
 def test_a_compiled_network_computes_the_same(form: program.Form, tmp_path: Path) -> None:
     network, given = build("tiny", CPU), inputs(CPU)
