@@ -75,7 +75,10 @@ def read_log(path: str | os.PathLike[str], *, every: int = PHYSICS_STEPS) -> Log
     Raises:
         DataError: it is cut short, or no log.
     """
-    content = Path(path).read_bytes()
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: expected a log, found: {error.strerror}") from error
     if len(content) < _HEADER.size:
         raise DataError(f"{path}: expected a header of {_HEADER.size} bytes, found {len(content)} bytes")
     sizes = _HEADER.unpack_from(content)

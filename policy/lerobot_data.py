@@ -218,7 +218,11 @@ def _decoded(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The frames of a video, each as often as it is stored, by imageio-ffmpeg's ffmpeg."""
     if not path.is_file():
         raise DataError(f"{path}: expected a video; there is no such file")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}"]
+    try:
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise DataError(f"{path}: expected ffmpeg to decode it, found none: {error}") from error
+    command = [ffmpeg, "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}"]
     command += ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
     with (
         tempfile.TemporaryFile() as errors,

@@ -89,6 +89,8 @@ def test_logs_of_another_robot_or_not_finite_are_refused(folder: Path, tmp_path:
     (folder / "c_task/0.mjl").write_bytes(struct.pack("<7i", 2, 2, 2, 0, 0, 0, 0) + b"\0" * 28 * 3)
     with pytest.raises(DataError, match="expected at least 30 positions and 9 commands, found 2 and 2"):
         load_kitchen(folder)
+    with pytest.raises(DataError, match="none.mjl: expected a log, found: No such file"):
+        read_log(folder / "none.mjl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="expected existence_mask.npy or logs"):
         load_kitchen(tmp_path / "empty")

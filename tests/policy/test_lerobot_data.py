@@ -158,6 +158,16 @@ def test_a_video_with_too_few_frames_is_refused(tmp_path: Path) -> None:
         load_lerobot(folder, observation="image")
 
 
+def test_without_ffmpeg_the_states_can_still_be_read(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_ffmpeg() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", no_ffmpeg)
+    with pytest.raises(DataError, match="file-000.mp4: expected ffmpeg to decode it, found none"):
+        load_lerobot(original, observation="image")
+    assert load_lerobot(original).num_steps == STEPS
+
+
 def test_a_picture_of_another_size_than_said_is_refused(folder: Path) -> None:
     info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
     info["features"][CAMERA]["shape"] = [3, 64, 48]
