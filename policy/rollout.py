@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -400,7 +400,7 @@ class _Processes:
             worker.deadline = 0.0
             worker.end()
 
-    def _run(self, rows: "Sequence[int] | Mapping[int, np.ndarray]") -> None:
+    def _run(self, rows: Iterable[int]) -> None:
         """Have a command executed in each row."""
         for row in rows:
             self._workers[row % len(self._workers)].waiting.append(row)
@@ -452,11 +452,8 @@ class _Processes:
                 f"and so did {TRIES - 1} others before; expected an environment that answers"
             )
         slot = self._workers.index(worker)
-        again = [
-            row
-            for row in range(slot, len(self._seeds), len(self._workers))
-            if row not in self._reports or not self._reports[row].done
-        ]
+        own = range(slot, len(self._seeds), len(self._workers))
+        again = [each for each in own if each not in self._reports or not self._reports[each].done]
         self._must_start |= set(again)
         self._workers[slot] = _Worker(self._setup)
         self._workers[slot].waiting.extend(again)

@@ -194,12 +194,12 @@ def test_an_environment_that_cannot_be_made_is_the_user_s_error(workers: int) ->
 # ---- F5: a worker is lost
 
 
-@pytest.mark.parametrize("fault", ["dies", "exits", "hangs"])
+@pytest.mark.parametrize(("fault", "workers"), [("dies", 1), ("dies", 2), ("exits", 2), ("hangs", 2)])
 def test_a_lost_worker_s_episodes_are_played_again_with_the_same_result(
-    fault: str, tmp_path: Path, undisturbed: list[Any]
+    fault: str, workers: int, tmp_path: Path, undisturbed: list[Any]
 ) -> None:
     timeout = {"timeout_s": 6.0} if fault == "hangs" else {}
-    episodes = run(task_options={fault: (100001,), "once": str(tmp_path)}, workers=2, **timeout)
+    episodes = run(task_options={fault: (100001,), "once": str(tmp_path)}, workers=workers, **timeout)
     assert numbers(episodes) == undisturbed
     assert episodes[1].retries >= 1 and sum(episode.retries for episode in episodes[3:]) == 0
 
