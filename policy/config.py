@@ -21,7 +21,7 @@ class DemonstrationsConfig:
     """What is learned from."""
 
     path: Path | None = option("demonstrations; null: data/robots/TASK.zarr, collected by the task's expert if absent")
-    format: Literal[Format, "auto"] = option("whose files they are")
+    format: Format = option("whose files they are")
     keep: int | None = option("episodes to learn from, chosen by a fixed seed; null: all but the held-out ones", min=1)
     held_out: float = option("share of the episodes that is not learned from", min=0, below=1)
     collect: int = option("episodes to collect where there are none", min=1)

@@ -46,9 +46,10 @@ class DiffusionProcess:
         }
         self.train_steps = train_steps
         self.steps = steps
-        self.scheduler: Any = (
-            DDPMScheduler(**settings, variance_type="fixed_small") if sampler == "ddpm" else DDIMScheduler(**settings)
-        )
+        scheduler: Any = DDIMScheduler(**settings)
+        if sampler == "ddpm":
+            scheduler = DDPMScheduler(**settings, variance_type="fixed_small")
+        self.scheduler = scheduler
         self.scheduler.set_timesteps(steps)
 
     def loss(

@@ -20,10 +20,10 @@ from driftfield.training import Progress, RunFolder, UserError, generator, optio
 from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.device import Device, choose_device
 from policy.config import CONFIG_DIR
-from policy.policy import Policy, load_policy
+from policy.methods import load_policy
+from policy.policy import MODEL, SNAPSHOTS, Policy
 from policy.rollout import Episode, PolicyError, RolloutError, rollout
 from policy.success import Summary, best_and_last, summarize, table
-from policy.train import MODEL, SNAPSHOTS
 from policy.video import film
 
 WARM_UP: Final = 3  # predictions that are not timed

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from driftfield.training.pretrained import read_arguments, read_model_name, read_weights, write_model
+from driftfield.training.pretrained import read_arguments, read_weights, write_model
 from policy.mlp import ActionMLP, ActionNetwork
 from policy.normalizer import Normalizer
 from policy.observation import ObservationEncoder
@@ -18,9 +18,8 @@ from policy.replay_buffer import ACTION
 from policy.transformer import ActionTransformer
 from policy.unet1d import ConditionalUnet1D
 
-MLP_KEYS = ("width", "depth")
-UNET_KEYS = ("channels", "step_dim", "kernel_size", "groups")
-TRANSFORMER_KEYS = ("layers", "heads", "width", "dropout", "causal")
+MODEL = "model"  # of a run's folder: the finished policy
+SNAPSHOTS = "snapshots"  # of a run's folder: those evaluated on the way
 
 
 class Batch(NamedTuple):
@@ -175,22 +174,6 @@ class Policy(nn.Module):
 
     def _normalized(self, actions: Tensor) -> Tensor:
         return self.normalizer.normalize(ACTION, actions.float())
-
-
-def load_policy(folder: str | os.PathLike[str]) -> Policy:
-    """The policy of a folder, whichever kind it is.
-
-    Raises:
-        FileNotFoundError: a file is absent.
-        ValueError: it is no policy, or the weights do not fit.
-    """
-    from policy.methods import METHODS  # each of them is a Policy
-
-    kinds = {kind.__name__: kind for kind in METHODS.values()}
-    name = read_model_name(Path(folder))
-    if name not in kinds:
-        raise ValueError(f"{folder}: expected the config of one of {', '.join(kinds)}, found that of {name}")
-    return kinds[name].from_pretrained(folder)
 
 
 def build_network(

@@ -51,16 +51,16 @@ from policy.demonstrations import load_demonstrations
 from policy.methods import METHODS
 from policy.neighbours import nearest_windows
 from policy.normalizer import Normalizer, task_parts
-from policy.policy import Batch, Policy
+from policy.policy import MODEL, SNAPSHOTS, Batch, Policy
 from policy.replay_buffer import ACTION, ReplayBuffer
-from policy.rollout import rollout
+from policy.rollout import Episode, PolicyError, RolloutError, rollout
 from policy.success import best_and_last, summarize, table
+from policy.video import film
 from policy.windows import Windows, keep_episodes, validation_split
 
-MODEL: Final = "model"  # folder of the finished policy
-SNAPSHOTS: Final = "snapshots"  # of those evaluated on the way
 EVALUATIONS: Final = "evaluations"
 RESULTS: Final = "results.json"
+VIDEO: Final = "episodes.mp4"
 HELD_OUT_WINDOWS: Final = 512  # whose errors an evaluation gives
 COLLAPSE_WARNING: Final = 0.9  # share of collapsed groups
 # A resumed run may change what only concerns where it runs, not what it computes.
@@ -324,6 +324,7 @@ class Evaluations:
     def __init__(self, training: Training, folder: Path) -> None:
         self.training, self.config = training, training.config.evaluation
         self.folder, self.snapshots = folder / EVALUATIONS, folder / SNAPSHOTS
+        self._episodes: list[Episode] = []  # of the last one
 
     def evaluate(self) -> None:
         """Roll out and write the result, unless it is there from before a resume or training has not begun."""
@@ -336,7 +337,11 @@ class Evaluations:
             training.policy.eval()
             result = {"samples": training.samples_seen, **training.held_out_errors()}
             if self.config.episodes:
-                result |= self._roll_out()
+                start = time.monotonic()
+                self._episodes = self._roll_out()
+                summary = summarize(self._episodes)
+                print(table([(f"{training.samples_seen} samples", summary)]), flush=True)
+                result |= {"summary": summary._asdict(), "rollout_s": round(time.monotonic() - start, 1)}
             training.policy.save_pretrained(self.snapshots / name)
         write_json(file, result)
         self._forget_old()
@@ -345,18 +350,25 @@ class Evaluations:
         """All of them in order."""
         return [parse_json(file.read_bytes()) for file in sorted(self.folder.glob("*.json"))]
 
-    def _roll_out(self) -> dict[str, Any]:
+    def film(self, path: Path) -> Path | None:
+        """Write a video of the first successes and failures of the finished policy; None if nothing can be filmed."""
         policy, config = self.training.policy, self.config
-        start = time.monotonic()
+        if not (config.videos and config.episodes):
+            return None
+        if not self._episodes:  # they were of a start before this one
+            with self.training.ema.swapped():
+                policy.eval()
+                self._episodes = self._roll_out()
+        return film(path, self._episodes, policy.task, task_options=policy.task_options, count=config.videos)
+
+    def _roll_out(self) -> list[Episode]:
+        policy, config = self.training.policy, self.config
         seeds = range(config.first_seed, config.first_seed + config.episodes)
         with Progress(config.episodes, unit="episodes") as progress:
-            episodes = rollout(
+            return rollout(
                 policy, policy.task, task_options=policy.task_options, seeds=seeds, workers=config.workers,
                 batch=config.batch, noise_seed=self.training.config.seed, progress=progress,
             )  # fmt: skip
-        summary = summarize(episodes)
-        print(table([(f"{self.training.samples_seen} samples", summary)]), flush=True)
-        return {"summary": summary._asdict(), "rollout_s": round(time.monotonic() - start, 1)}
 
     def _forget_old(self) -> None:
         results = self.results()
@@ -387,19 +399,22 @@ def run(config: TrainConfig, buffer: ReplayBuffer, device: torch.device, stop: S
             f"{sum(parameter.numel() for parameter in training.policy.parameters()):,} parameters",
             flush=True,
         )
-    run_loop(
-        training,
-        folder,
-        stop,
-        name="train",
-        samples=config.samples,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
-        shown=("loss", "nearest_error") if config.method == "drifting" else ("loss",),
-        actions=[Action(config.evaluation.every or config.samples, evaluations.evaluate)],
-        writers=config.writers,
-        unit="samples",
-    )
+    try:
+        run_loop(
+            training,
+            folder,
+            stop,
+            name="train",
+            samples=config.samples,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            shown=("loss", "nearest_error") if config.method == "drifting" else ("loss",),
+            actions=[Action(config.evaluation.every or config.samples, evaluations.evaluate)],
+            writers=config.writers,
+            unit="samples",
+        )
+    except (RolloutError, PolicyError) as error:
+        raise UserError(str(error)) from error
     if is_main():
         with training.ema.swapped():
             training.policy.save_pretrained(folder / MODEL)
@@ -417,6 +432,9 @@ def run(config: TrainConfig, buffer: ReplayBuffer, device: torch.device, stop: S
                 "last_evaluation": results[-1],
             },
         )
+        video = evaluations.film(folder / VIDEO)
+        written = [path for path in (folder / MODEL, folder / RESULTS, video) if path is not None]
+        print(f"policy, figures, video: {', '.join(map(str, written))}")
     barrier()
 
 

@@ -41,7 +41,8 @@ def read_model_name(folder: Path) -> str:
         FileNotFoundError: there is none.
         ValueError: it is no such file.
     """
-    return _read_config(folder / CONFIG_FILE)["model"]
+    name: str = _read_config(folder / CONFIG_FILE)["model"]
+    return name
 
 
 def read_arguments(folder: Path, name: str) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def read_arguments(folder: Path, name: str) -> dict[str, Any]:
     config = _read_config(path)
     if config["model"] != name:
         raise ValueError(f"{path}: expected the config of {name}, found that of {config['model']}")
-    return config["arguments"]
+    arguments: dict[str, Any] = config["arguments"]
+    return arguments
 
 
 def read_weights(folder: Path, build: Callable[[], M]) -> M:

@@ -20,6 +20,7 @@ TIP_M: Final = (0.04375, 0.0, -0.1344)  # the rod's lower end
 HOLE_M: Final = (0.0, 0.045, 0.08)  # the middle of its upper end, in the stand's frame
 STANDING_Z_M: Final = 0.815  # of the frame's tip: earlier, letting go pulls the frame out again
 LOWER_M: Final = 0.012  # of the frame, per step
+ABOVE_TOOL_Z_M: Final = 1.1
 LIP_M: Final = (-0.04375, 0.0, 0.102)  # the middle of its upper end, in the frame's frame
 RING_M: Final = (-0.0935, 0.0, 0.0)  # the middle of the larger ring, in the tool's frame
 # The tool's handle, seen from the ring over the lip, points away from the stand, so far aside and so far down. Let go
@@ -71,8 +72,10 @@ class ToolHangExpert(GripperScript):
 
     def _fetch_tool(self) -> Moves:
         yield from self._back_off(0.06, 0.6)
-        home = Pose(self._home.position + [0, 0, 0.12], self._home.rotation)
-        yield from self._reach(fixed(home), OPEN, speed=self._speed, within_m=0.05, within_rad=0.15)
+        # High over the tool, out of the frame's way, with the wrist as in the beginning: else it ends in a bad branch.
+        x, y, _ = self._point("tool_root", (0.0, 0.0, 0.0))
+        above = Pose(np.array([x, y, ABOVE_TOOL_Z_M]), self._home.rotation)
+        yield from self._reach(fixed(above), OPEN, speed=self._speed, within_m=0.05, within_rad=0.15)
         yield from self._grasp("tool_root", np.array([self._tool_grip_m, 0.0, 0.0]), across=1)
         yield from self._lift(0.25)
 

@@ -42,7 +42,7 @@ class StubWorkers:
 
     def __init__(self, folder: Path, settings: Settings, count: int) -> None:
         self.folder = folder
-        (folder / "facts.json").write_text('{"environment": "stub"}')
+        (folder / "facts.json").write_text('{"environment": "stub"}', encoding="utf-8")
 
     def __enter__(self) -> "StubWorkers":
         return self
@@ -56,7 +56,7 @@ class StubWorkers:
         record = Record(seed, failure, not failure, float(not failure), int(not failure), 5)
         if not failure:
             np.savez(episode_file(self.folder, seed), action=np.full((5, 2), seed, np.float32))
-        record_file(self.folder, seed).write_text(json.dumps(record._asdict()))
+        record_file(self.folder, seed).write_text(json.dumps(record._asdict()), encoding="utf-8")
         return record
 
 

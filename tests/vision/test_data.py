@@ -19,9 +19,9 @@ import torch
 import torchvision
 from sklearn.datasets import load_digits
 
+from driftfield.training.visits import Epochs
 from vision import data
 from vision.data import DataError, ImageSet, load, require_per_class, to_float, to_uint8
-from driftfield.training.visits import Epochs
 
 FILES = [f"{stem}-{kind}-ubyte" for stem in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
