@@ -335,7 +335,7 @@ class Evaluations:
         self.folder.mkdir(parents=True, exist_ok=True)
         with training.ema.swapped():
             training.policy.eval()
-            result = {"samples": training.samples_seen, **training.held_out_errors()}
+            result: dict[str, Any] = {"samples": training.samples_seen, **training.held_out_errors()}
             if self.config.episodes:
                 start = time.monotonic()
                 self._episodes = self._roll_out()
