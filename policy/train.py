@@ -43,6 +43,7 @@ from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.device import choose_device
 from driftfield.training.schedule import warmup_cosine
 from driftfield.training.visits import Epochs, sample_ids
+from policy.chunks import draw_chunks
 from policy.collect import CollectConfig
 from policy.collect import main as collect
 from policy.config import CONFIG_DIR, TrainConfig
@@ -61,6 +62,8 @@ from policy.windows import Windows, keep_episodes, validation_split
 EVALUATIONS: Final = "evaluations"
 RESULTS: Final = "results.json"
 VIDEO: Final = "episodes.mp4"
+CHUNKS: Final = "chunks.png"
+DRAWN: Final = 6  # observations in it
 HELD_OUT_WINDOWS: Final = 512  # whose errors an evaluation gives
 COLLAPSE_WARNING: Final = 0.9  # share of collapsed groups
 # A resumed run may change what only concerns where it runs, not what it computes.
@@ -189,6 +192,17 @@ class Training:
         return {"held_out_loss": output.loss.mean().item()} | {
             f"held_out_{name}": value.item() for name, value in output.values.items() if "lambda" not in name
         }
+
+    def draw_chunks(self, path: Path) -> Path | None:
+        """Write a picture of chunks at the beginnings of episodes; None where actions are no positions in a plane."""
+        if self.policy.action_dim != 2:
+            return None
+        windows = self.held_out or self.windows
+        starts = windows.first_windows[:DRAWN]
+        with self.ema.swapped():
+            self.policy.eval()
+            draw_chunks(self.policy, self._batch(windows, torch.from_numpy(starts), None), path)
+        return path
 
     def _windows(self, buffer: ReplayBuffer, episodes: np.ndarray) -> Windows:
         config = self.config
@@ -433,8 +447,9 @@ def run(config: TrainConfig, buffer: ReplayBuffer, device: torch.device, stop: S
             },
         )
         video = evaluations.film(folder / VIDEO)
-        written = [path for path in (folder / MODEL, folder / RESULTS, video) if path is not None]
-        print(f"policy, figures, video: {', '.join(map(str, written))}")
+        chunks = training.draw_chunks(folder / CHUNKS)
+        written = [path for path in (folder / MODEL, folder / RESULTS, chunks, video) if path is not None]
+        print(f"written: {', '.join(map(str, written))}")
     barrier()
 
 

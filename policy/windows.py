@@ -58,6 +58,15 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def first_windows(self) -> np.ndarray:
+        """Number of the window at each episode's beginning, int64 `[e]`.
+
+        >>> Windows([5, 9], horizon=4, pad_before=1, pad_after=2).first_windows.tolist()
+        [0, 5]
+        """
+        return np.concatenate([[0], self._ends[:-1]]).astype(np.int64)
+
     def indices(self, k: Any) -> np.ndarray:
         """Rows of windows.
 
