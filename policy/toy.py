@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -44,9 +44,9 @@ class ToyConfig:
     method: Method = option("drifting; or a baseline: diffusion, regression")
     network: Literal["mlp", "unet1d"] = option("kind of network")
     horizon: int = option("T, actions of a chunk", min=1)
-    steps: int = option("training steps", min=1)
-    batch_size: int = option("observations per step", min=1)
-    learning_rate: float = option("peak learning rate", above=0)
+    steps: int | None = option("training steps; null: 2500 of mlp, 800 of unet1d", min=1)
+    batch_size: int | None = option("observations per step; null: 64 of mlp, 32 of unet1d", min=1)
+    learning_rate: float | None = option("peak learning rate; null: 8e-3 of mlp, 2e-3 of unet1d", above=0)
     ema_decay: float = option("decay of the average of the weights", min=0, below=1)
     generated: int = option("G, chunks generated per observation", min=1)
     temperatures: tuple[float, ...] = option("tau, multiples of the mean distance", above=0)
@@ -54,6 +54,25 @@ class ToyConfig:
     repulsion: float = option("factor on the push of other chunks; 1 in the paper", min=0)
     loss_over: LossOver = option("drift whole chunks, or every time step by itself")
     noise_skip: float = option("sigma: the output is net(z) + sigma z", min=0)
+
+    @property
+    def settings(self) -> "Settings":
+        """What is set, or suits the network."""
+        own = SETTINGS[self.network]
+        return Settings(
+            self.steps or own.steps, self.batch_size or own.batch_size, self.learning_rate or own.learning_rate
+        )
+
+
+class Settings(NamedTuple):
+    """How a network is trained in about a minute."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+SETTINGS: Final = {"mlp": Settings(2500, 64, 8e-3), "unet1d": Settings(800, 32, 2e-3)}
 
 
 def modes(observation: Tensor, horizon: int) -> Tensor:
@@ -110,23 +129,24 @@ def train(policy: Policy, config: ToyConfig, seed: int) -> Mapping[str, Tensor]:
     optimizer = torch.optim.AdamW(policy.network.parameters(), weight_decay=1e-4, fused=True)
     ema = EMA(policy, decays=(config.ema_decay,), warmup=True)
     update = Update(policy, optimizer, ema, clip_norm=2.0)
-    samples = config.steps * config.batch_size
+    steps, batch_size, learning_rate = config.settings
+    samples = steps * batch_size
     values: Mapping[str, Tensor] = {}
     with Progress(samples, unit="observations") as progress:
-        for step in range(config.steps):
+        for step in range(steps):
             draws = generator(seed, "toy", step)
-            observation, actions = demonstrations(config.batch_size, config.horizon, draws)
+            observation, actions = demonstrations(batch_size, config.horizon, draws)
             output = policy.loss(Batch({"state": observation[:, None]}, actions[:, None]), draws)
             optimizer.zero_grad()
             output.loss.mean().backward()
             update(
                 warmup_cosine(
-                    step * config.batch_size, peak=config.learning_rate, warmup_samples=int(WARMUP * samples),
+                    step * batch_size, peak=learning_rate, warmup_samples=int(WARMUP * samples),
                     total_samples=samples,
                 )
             )  # fmt: skip
             values = output.values
-            progress.update(config.batch_size, **{name: float(value) for name, value in values.items()})
+            progress.update(batch_size, **{name: float(value) for name, value in values.items()})
     policy.network.load_state_dict(
         {name.removeprefix("network."): each for name, each in ema.weights().items() if name.startswith("network.")}
     )
