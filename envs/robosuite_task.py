@@ -64,19 +64,33 @@ class Pose(NamedTuple):
 class RobosuiteTask(Task):
     """A robosuite task for one Panda arm under operational-space control at 20 Hz.
 
-    Actions, float32:
-    - "delta" [7]: x, y, z and rotation as axis times angle, in the world's axes and relative to the pose that the
-      gripper has reached; 1 is 5 cm or half a radian. Then the gripper: positive closes, negative opens.
-    - "absolute" [10]: position in metres in the world, the first two rows of the rotation matrix, and the gripper.
+    Action, float32, where the point between the fingers shall go; the world's x points away from the robot, y to its
+    left, z up:
 
-    State, float32: the entries of STATE_NAMES. Quaternions are (x, y, z, w). robosuite computes an object's pose
-    relative to the gripper from the object's pose of the control step before; here all entries are of the present.
+    | action     | index | meaning                                         | range    | unit    | XML name         |
+    |------------|-------|-------------------------------------------------|----------|---------|------------------|
+    | "delta"    | 0 1 2 | x, y, z, from where it is now                   | -1 to 1  | 5 cm    | grip_site        |
+    |            | 3 4 5 | turn about x, y, z (axis times angle), from now | -1 to 1  | 0.5 rad | grip_site        |
+    |            | 6     | fingers: positive closes, negative opens        | -1 to 1  | 1       | finger_joint1, 2 |
+    | "absolute" | 0 1   | x, y                                            | -1 to 1  | m       | grip_site        |
+    |            | 2     | z                                               | 0.6 to 2 | m       | grip_site        |
+    |            | 3 4 5 | first row of the rotation matrix                | -1 to 1  | 1       | grip_site        |
+    |            | 6 7 8 | second row, not parallel to the first           | -1 to 1  | 1       | grip_site        |
+    |            | 9     | fingers: positive closes, negative opens        | -1 to 1  | 1       | finger_joint1, 2 |
+
+    The names in the model begin with gripper0_right_. The site's z is the direction of approach, its x the fingers'
+    closing direction. The two rows need not be orthonormal; the first one's direction counts.
+
+    Observation, float32: each task has its own table, in the order of STATE_NAMES; with `observation="image"`, `state`
+    is its last nine entries, the robot's own. Positions are in the world where nothing else is said, quaternions
+    (x, y, z, w), and no entry has bounds. "In the hand's frame" is from the gripper's site, in the axes of the hand's
+    body. robosuite computes such entries from the object's pose of the control step before; here all are of now.
 
     The reward is 1 where the task is solved and 0 elsewhere; no episode ends before its last step, and its score is its
     largest reward.
 
     Args:
-        action: which of the two.
+        action: "absolute" or "delta".
         keywords: of Task.
     """
 
@@ -101,7 +115,6 @@ class RobosuiteTask(Task):
         if action not in get_args(ActionKind):
             raise ValueError(f"action must be one of {get_args(ActionKind)}, got {action!r}")
         self.action_kind = action
-        self.draws_images = True  # False: images stay black, for steps whose observation nobody looks at
         self.action_space = _action_space(action)
         self.observation_space = self._observation_space()
         self._world = robosuite.make(

@@ -70,6 +70,37 @@ def test_the_state_is_robosuites_in_its_order(make: Make, name: str, size: int, 
     np.testing.assert_array_equal(observation["state"], expected)
 
 
+# By names of the datasheets: the first index of a position, with a quaternion behind it.
+NAMED = {
+    "lift": {"body cube_main": 0, "site gripper0_right_grip_site": 10},
+    "can": {"body Can_main": 7, "site gripper0_right_grip_site": 14},
+    "tool_hang": {
+        "geom stand_base": 7,
+        "site frame_intersection_site": 21,
+        "body tool_root": 35,
+        "site gripper0_right_grip_site": 44,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_entries_are_those_of_the_datasheet(make: Make, name: str) -> None:
+    task = make(name, action="delta")
+    state = task.reset(seed=1)[0]["state"]
+    for delta in random_deltas(2):
+        state = task.step(delta)[0]["state"]
+    for named, first in NAMED[name].items():
+        kind, xml = named.split()
+        thing = getattr(task.data, kind)(xml)
+        assert f"`{xml}`" in (type(task).__doc__ or "")
+        np.testing.assert_allclose(state[first : first + 3], thing.xpos, atol=1e-6)
+        matrix = task.data.body("robot0_right_hand").xmat if "gripper0" in xml else thing.xmat
+        turn = Rotation.from_matrix(matrix.reshape(3, 3)).inv() * Rotation.from_quat(state[first + 3 : first + 7])
+        assert turn.magnitude() < 1e-5
+    fingers = [task.data.joint(f"gripper0_right_finger_joint{number}").qpos[0] for number in (1, 2)]
+    np.testing.assert_allclose(state[-2:], fingers, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "thing"), [("can", "Can"), ("tool_hang", "tool")])
 def test_relative_poses_are_of_the_present(make: Make, name: str, thing: str) -> None:
     task = make(name, action="delta")
