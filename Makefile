@@ -25,7 +25,7 @@ demo: $(READY) ## train a one-step generator on real images, from nothing, in ab
 	@$(RUN) -m vision.train
 
 test: lint ## linter, type checker, tests, doctests
-	$(RUN) -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: $(READY) ## linter and type checker alone
 	$(RUN) -m ruff check .

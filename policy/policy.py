@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from driftfield.training.pretrained import read_arguments, read_weights, write_model
+from policy.ensembling import TemporalEnsemble
 from policy.mlp import ActionMLP, ActionNetwork
 from policy.normalizer import Normalizer
 from policy.observation import ObservationEncoder
@@ -136,12 +137,19 @@ class Policy(nn.Module):
         self._seen: deque[Mapping[str, Tensor]] = deque(maxlen=self.obs_steps)
         self._planned: deque[Tensor] = deque()
 
-    def select_action(self, observation: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+    def select_action(
+        self,
+        observation: Mapping[str, Tensor],
+        generators: Sequence[torch.Generator],
+        *,
+        ensemble: TemporalEnsemble | None = None,
+    ) -> Tensor:
         """The next action of a receding horizon: predicts a chunk, hands out Ta of its actions, predicts anew.
 
         Args:
             observation: per key the present observation `[B, ...]`.
             generators: one per row.
+            ensemble: predict at every step instead, and average what all chunks say of it; reset it with the episode.
 
         Returns:
             `[B, A]`.
@@ -149,8 +157,12 @@ class Policy(nn.Module):
         while len(self._seen) < self.obs_steps:
             self._seen.append(observation)  # the first observation stands for those before it
         self._seen.append(observation)
+        seen = {key: torch.stack([past[key] for past in self._seen], dim=1) for key in observation}  # [B, To, ...]
+        if ensemble is not None:
+            chunk = self.predict_chunk(seen, generators)[:, self.obs_steps - 1 :]
+            ensemble.add(chunk.cpu().numpy())
+            return torch.from_numpy(ensemble.action()).to(chunk)
         if not self._planned:
-            seen = {key: torch.stack([past[key] for past in self._seen], dim=1) for key in observation}
             self._planned.extend(self.predict(seen, generators).unbind(1))
         return self._planned.popleft()
 

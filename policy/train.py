@@ -56,6 +56,7 @@ from policy.policy import MODEL, SNAPSHOTS, Batch, Policy
 from policy.replay_buffer import ACTION, ReplayBuffer
 from policy.rollout import Episode, PolicyError, RolloutError, rollout
 from policy.success import best_and_last, summarize, table
+from policy.transformer import parameter_groups
 from policy.video import film
 from policy.windows import Windows, keep_episodes, validation_split
 
@@ -99,8 +100,11 @@ class Training:
         self.held_out = self._windows(buffer, split.validation) if len(split.validation) else None
         self._positives = self._nearest()
         self._epochs = Epochs(len(self.windows), seed=config.seed)
+        groups: Any = self.policy.named_parameters()
+        if config.network.name == "transformer":
+            groups = parameter_groups(self.policy, weight_decay=config.weight_decay)
         self.optimizer = torch.optim.AdamW(
-            (parameter for parameter in self.policy.named_parameters()),
+            groups,
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
