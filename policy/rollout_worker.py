@@ -4,6 +4,9 @@ parent, with the policy                     worker: environments and numpy, neve
 start   row, seed, chunks so far     ->     reset, replay the chunks
 execute row, actions [Ta, A]         ->     Ta control steps, fewer at the end of the episode
                                      <-     Report: the last To observations, the score so far
+
+An episode also ends as soon as all its phases are completed with score 1: its score is the best so far, so nothing
+more can be gained, and robosuite's tasks would go on for hundreds of steps. Cameras draw only what the policy sees.
 """
 
 import contextlib
@@ -36,9 +39,10 @@ class Report(NamedTuple):
 
     Attributes:
         observations: the last To of each key, `[To, ...]`; at reset the first one repeated; None if there is none yet.
+            Where an episode ends before its slice does, nobody acts on them, and images may be black.
         action_shape: of one action, such as `(7,)`.
         num_phases: what `phases` counts up to.
-        done: terminated, cut at the task's length, or failed.
+        done: terminated, cut at the task's length, solved with score 1, or failed.
         steps: control steps so far.
         score: the episode's score so far, in [0, 1]; 0 if it failed.
         success: whether all phases are completed.
@@ -94,7 +98,7 @@ class Host:
             chunks: actions `[Ta, A]` each, in order.
 
         Raises:
-            CannotMake: there is no such environment here.
+            CannotMake: there is no such environment here, or nothing to draw its images with.
         """
         if row not in self._environments:
             self._environments[row] = self._make()
@@ -130,7 +134,7 @@ class Host:
         """
         environment = self._make(render_mode="rgb_array")
         try:
-            episode = _RunningEpisode(environment, self._setup.obs_steps)
+            episode = _RunningEpisode(environment, obs_steps=0)
             episode.reset(seed)
             steps, pictures = [0], [_picture(environment)]
             for start in range(0, len(actions), every):
@@ -158,9 +162,15 @@ class Host:
             raise CannotMake(f"{type(error).__name__}: {error}") from error
 
     def _guarded(self, row: int, act: Callable[[Any], None], argument: Any) -> None:
-        """Do something; what the environment raises ends the episode, and the row's next one gets a new environment."""
+        """Do something; what the environment raises ends the episode, and the row's next one gets a new environment.
+
+        Raises:
+            CannotMake: something is not installed, such as OpenGL, which no other episode can do without.
+        """
         try:
             act(argument)
+        except ImportError as error:
+            raise CannotMake(f"{type(error).__name__}: {error}") from error
         except Exception:
             self._episodes[row].fail(traceback.format_exc())
             with contextlib.suppress(Exception):
@@ -179,21 +189,27 @@ class _RunningEpisode:
         self._failure: str | None = None
 
     def reset(self, seed: int) -> None:
+        self._draw(True)
         observation, info = self.environment.reset(seed=seed)
         self._observations.extend([observation] * self._obs_steps)
         self._note(info)
 
     def execute(self, actions: np.ndarray) -> None:
-        for action in actions:  # [A]
+        for step, action in enumerate(actions):  # [A]
             if self._done:
                 return
+            self._draw(step >= len(actions) - self._obs_steps)
             allowed = np.clip(action, self._box.low, self._box.high)
             self._clipped += int(np.count_nonzero(allowed != action))
             observation, _, terminated, truncated, info = self.environment.step(allowed)
             self._observations.append(observation)
             self._steps += 1
             self._note(info)
-            self._done = bool(terminated or truncated)
+            self._done = bool(terminated or truncated) or (self._success and self._score >= 1.0)
+
+    def _draw(self, seen: bool) -> None:
+        task: Any = self.environment.unwrapped
+        task.draws_images = seen
 
     def fail(self, text: str) -> None:
         self._score, self._success, self._phases = 0.0, False, 0

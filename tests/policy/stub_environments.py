@@ -19,6 +19,10 @@ class Stub(gymnasium.Env):
         length: steps of an episode, plus seed mod 3: episodes end in different slices of 4 steps.
         raises, dies, exits, hangs: seeds of the episodes in which that happens, at step 3.
         no_reset: seeds whose reset raises.
+        solved_at: step from which on the score is 1 and all is done.
+        camera: whether there is an image as well, which counts the steps; black while nobody looks at it.
+        always_draws: even then.
+        no_opengl: whether a reset can't draw.
         once: a folder that remembers which seed has died, exited or hung already; without it that happens each time.
         render_mode, picture, draws_badly: as of a task; side of a picture; "raises" or "dies" when it is drawn.
     """
@@ -37,13 +41,19 @@ class Stub(gymnasium.Env):
         exits: tuple[int, ...] = (),
         hangs: tuple[int, ...] = (),
         no_reset: tuple[int, ...] = (),
+        solved_at: int | None = None,
+        camera: bool = False,
+        always_draws: bool = False,
+        no_opengl: bool = False,
         once: str | None = None,
         render_mode: str | None = None,
         picture: int = 32,
         draws_badly: str | None = None,
     ) -> None:
         self.length, self.raises, self.dies, self.exits, self.hangs = length, raises, dies, exits, hangs
-        self.no_reset, self.once = no_reset, once
+        self.no_reset, self.once, self.solved_at, self.no_opengl = no_reset, once, solved_at, no_opengl
+        self.camera, self.always_draws, self.draws_images = camera, always_draws, True
+        self.drawn: list[int] = []  # steps after which an image was drawn
         self.render_mode, self.picture, self.draws_badly = render_mode, picture, draws_badly
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
@@ -53,6 +63,8 @@ class Stub(gymnasium.Env):
         self.position = self.np_random.normal(size=2).astype(np.float32)
         if seed in self.no_reset:
             raise RuntimeError("no initial state")
+        if self.no_opengl:
+            raise ImportError("no picture can be drawn")
         return self._observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, Any]:
@@ -74,11 +86,20 @@ class Stub(gymnasium.Env):
         return np.full((self.picture, self.picture, 3), min(255, 20 * self.steps), np.uint8)
 
     def _observation(self) -> dict[str, np.ndarray]:
-        return {"state": np.append(self.position, np.float32(self.steps))}
+        state = np.append(self.position, np.float32(self.steps))
+        if not self.camera:
+            return {"state": state}
+        image = np.zeros((2, 2, 3), np.uint8)
+        if self.draws_images or self.always_draws:
+            self.drawn.append(self.steps)
+            image += np.uint8(100 + self.steps)
+        return {"state": state, "image": image}
 
     def _info(self) -> dict[str, Any]:
         score = float(1 / (1 + np.abs(self.position).sum()))
         phases = int(score > 0.2) + int(score > 0.4)
+        if self.solved_at is not None and self.steps >= self.solved_at:
+            score, phases = 1.0, 2
         return {"score": score, "phases": phases, "success": phases == 2, "diverged": False, "seed": self.seed}
 
     def _fail(self) -> None:

@@ -91,6 +91,60 @@ def test_actions_replayed_in_a_bare_environment_give_the_episode_s_score() -> No
         assert (info["phases"], info["success"]) == (episode.phases, episode.success)
 
 
+def test_an_episode_that_cannot_get_better_ends_with_the_figures_of_the_whole_one() -> None:
+    episodes = run(task_options={"solved_at": 6, "length": 30}, workers=2)
+    for episode in episodes:
+        assert episode.steps == len(episode.actions) == 6  # within the second slice of four
+        whole = Stub(solved_at=6, length=30)
+        _, info = whole.reset(seed=episode.seed)
+        over, steps = False, 0
+        while not over:
+            action = episode.actions[steps] if steps < 6 else np.zeros(2, np.float32)
+            _, _, over, _, info = whole.step(action)
+            steps += 1
+        assert steps >= 30
+        assert (episode.score, episode.success, episode.phases) == (info["score"], info["success"], info["phases"])
+        assert (episode.score, episode.success, episode.phases) == (1.0, True, 2)
+
+
+@pytest.mark.parametrize("short", ["score", "phases"])
+def test_an_episode_with_anything_left_to_gain_goes_on(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {"score": 1.0, "phases": 2, "success": True, "diverged": False}
+    info |= {"score": 0.999} if short == "score" else {"phases": 1, "success": False}
+    monkeypatch.setattr(Stub, "_info", lambda _: info)
+    assert [episode.steps for episode in run([0, 1])] == [11, 12]
+
+
+class Looks(StubPolicy):
+    """Keeps the images of each prediction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[Tensor] = []
+
+    def predict(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        self.images.append(observation["image"].clone())
+        return super().predict(observation, generators)
+
+
+def test_only_images_that_the_policy_sees_are_drawn_and_it_sees_the_same() -> None:
+    made: list[Stub] = []
+
+    def keep(task: str, **options: Any) -> Stub:
+        made.append(Stub(**options))
+        return made[-1]
+
+    sparing, lavish = Looks(), Looks()
+    options = {"camera": True, "length": 10}
+    some = run([100001], policy=sparing, make=keep, task_options=options)  # 100001 mod 3 = 2: 12 steps
+    every = run([100001], policy=lavish, make=keep, task_options=options | {"always_draws": True})
+    assert numbers(some) == numbers(every)
+    assert [image.unique().tolist() for image in sparing.images] == [[100], [103, 104], [107, 108]]
+    assert all(torch.equal(one, other) for one, other in zip(sparing.images, lavish.images, strict=True))
+    assert made[0].drawn == [0, 3, 4, 7, 8, 11, 12]
+    assert made[1].drawn == list(range(13))
+
+
 def test_the_policy_sees_one_batch_size_always() -> None:
     policy = StubPolicy()
     run(policy=policy)
@@ -189,6 +243,12 @@ def test_too_many_failures_are_an_error_that_keeps_the_episodes() -> None:
 def test_an_environment_that_cannot_be_made_is_the_user_s_error(workers: int) -> None:
     with pytest.raises(UserError, match="task nowhere: ValueError: there is no task 'nowhere'"):
         run(task="nowhere", workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_cannot_be_drawn_are_the_user_s_error(workers: int) -> None:
+    with pytest.raises(UserError, match="task stub: ImportError: no picture can be drawn"):
+        run(task_options={"no_opengl": True}, workers=workers)
 
 
 # ---- F5: a worker is lost
