@@ -179,7 +179,8 @@ class BlockPush(MujocoTask):
     def _observe(self) -> dict[str, np.ndarray]:
         effector = [*self.data.xpos[self._effector, :2], *self.data.ctrl]
         if self.observation == "image":
-            picture = self.image("overview", IMAGE_SIZE, IMAGE_SIZE)
+            blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+            picture = self.image("overview", IMAGE_SIZE, IMAGE_SIZE) if self.draws_images else blank
             return {"overview": picture, "state": np.array(effector, np.float32)}
         blocks = [(*self.block_position(index), self.block_yaw(index) % np.pi) for index in (0, 1)]
         targets = [(*self.data.mocap_pos[index, :2], _yaw(self.data.mocap_quat[index]) % np.pi) for index in (0, 1)]

@@ -201,7 +201,8 @@ class Kitchen(MujocoTask):
     def _observe(self) -> dict[str, np.ndarray]:
         if self.observation == "state":
             return {"state": np.concatenate([self._reading, np.zeros(GOAL_ENTRIES)]).astype(np.float32)}
-        image = self.image(self.RENDER_CAMERA, *self.IMAGE_SIZE)
+        blank = np.zeros((*self.IMAGE_SIZE, 3), np.uint8)
+        image = self.image(self.RENDER_CAMERA, *self.IMAGE_SIZE) if self.draws_images else blank
         return {"image": image, "state": self._reading[:ROBOT_JOINTS].astype(np.float32)}
 
     def _outcome(self) -> Outcome:

@@ -191,7 +191,8 @@ class PushT(MujocoTask):
     def _observe(self) -> dict[str, np.ndarray]:
         agent = self.agent.astype(np.float32)
         if self.observation == "image":
-            return {"state": agent, "image": resize(self._render(), IMAGE_SIZE)}
+            blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+            return {"state": agent, "image": resize(self._render(), IMAGE_SIZE) if self.draws_images else blank}
         key_points = on_table(KEY_POINTS, self.pose).astype(np.float32)
         return {"state": np.concatenate([key_points.ravel(), agent])}
 

@@ -35,6 +35,8 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     Every reset and step returns an info with `score` (float in [0, 1], of the episode so far), `phases` (int, done so
     far), `success` (bool, all phases done), `diverged` (bool) and `seed` (int, of the initial state).
 
+    While `draws_images` is False, cameras show black: for steps whose observation nobody looks at.
+
     Args:
         observation: "state" for the whole state as numbers, "image" for cameras and the robot's own part of the state.
         render_mode: "rgb_array" for pictures of render().
@@ -66,7 +68,7 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.observation = observation
         self.render_mode = render_mode
         self.on_divergence = on_divergence
-        self.draws_images = True  # False: cameras show black, for steps whose observation nobody looks at
+        self.draws_images = True
         self.seed = 0  # of the present episode's initial state
         self.steps = 0  # control steps of the present episode
         self._score = 0.0

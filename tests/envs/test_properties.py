@@ -395,6 +395,23 @@ def test_images_are_finite_copies_within_their_space(built: Built, name: str, dr
         assert observation[key].std() > 1, f"{key} shows nothing"
 
 
+@every_task_drawn
+def test_images_that_nobody_looks_at_are_black_and_all_else_is_the_same(built: Built, name: str, drawing: str) -> None:
+    task = built.task(name, "image")
+    every_action = actions(task, 3)
+    seen = run(task, every_action, SEED)
+    task.draws_images = False
+    try:
+        unseen = run(task, every_action, SEED)
+    finally:
+        task.draws_images = True
+    for (drawn, *rest), (black, *others) in zip(seen, unseen, strict=True):
+        assert task.observation_space.contains(black)
+        assert fingerprint([drawn["state"], rest]) == fingerprint([black["state"], others])
+        for key in set(drawn) - {"state"}:
+            assert drawn[key].any() and not black[key].any()
+
+
 # ---- 9
 
 
