@@ -59,17 +59,25 @@ class DriftingPolicy(Policy):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> PolicyLoss:
         """The drifting loss of each observation, with its G chunks and K demonstrations as one group."""
-        cond = self.encode(batch.observation, generator)  # [B, To, C]
-        positives = self._normalized(batch.actions)  # [B, K, T, A]
-        shape = (len(cond), self.generated, self.horizon, self.action_dim)
-        noise = torch.randn(shape, generator=generator, device=generator.device).to(cond)
-        x = self.generate(cond.repeat_interleave(self.generated, 0), noise.flatten(0, 1)).view(shape)  # [B, G, T, A]
+        x, positives = self._groups(batch, generator)
         output = self._drift(x, positives)
         return PolicyLoss(output.loss, {**self._norms(output), **signals(x.detach(), positives)})
+
+    def errors(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """The signals: the loss is flat, and takes a mean over all processes."""
+        return signals(*self._groups(batch, generator))
 
     def sample(self, cond: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """One evaluation."""
         return self.generate(cond, row_noise((len(cond), self.horizon, self.action_dim), generators).to(cond))
+
+    def _groups(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Generated chunks `[B, G, T, A]` and demonstrated ones `[B, K, T, A]`, normalised."""
+        cond = self.encode(batch.observation, generator)  # [B, To, C]
+        shape = (len(cond), self.generated, self.horizon, self.action_dim)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(cond)
+        x = self.generate(cond.repeat_interleave(self.generated, 0), noise.flatten(0, 1)).view(shape)
+        return x, self._normalized(batch.actions)
 
     def _drift(self, x: Tensor, positives: Tensor) -> DriftingOutput:
         if self.loss_over == "chunk":

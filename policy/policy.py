@@ -104,6 +104,11 @@ class Policy(nn.Module):
             generator: of the noise.
         """
 
+    def errors(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """How well a batch is learned, by name; unlike `loss`, a process among several may ask for it alone."""
+        output = self.loss(batch, generator)
+        return {"loss": output.loss.mean(), **output.values}
+
     @abstractmethod
     def sample(self, cond: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Normalised chunks `[B, T, A]` for features `[B, To, C]`; row i draws from generator i alone."""

@@ -190,12 +190,10 @@ class Training:
             return {}
         chosen = torch.linspace(0, len(self.held_out) - 1, min(HELD_OUT_WINDOWS, len(self.held_out))).long()
         self.policy.eval()
-        output = self.policy.loss(
+        errors = self.policy.errors(
             self._batch(self.held_out, chosen, None), generator(self.config.seed, "held out", device=self.device)
         )
-        return {"held_out_loss": output.loss.mean().item()} | {
-            f"held_out_{name}": value.item() for name, value in output.values.items() if "lambda" not in name
-        }
+        return {f"held_out_{name}": value.item() for name, value in errors.items()}
 
     def draw_chunks(self, path: Path) -> Path | None:
         """Write a picture of chunks at the beginnings of episodes; None where actions are no positions in a plane."""
