@@ -30,9 +30,13 @@ class Offscreen:
     def __init__(self, model: mujoco.MjModel) -> None:
         self._model = model
         self._size = (int(model.vis.global_.offheight), int(model.vis.global_.offwidth))
-        self._context = _make_context(*self._size)
-        self._context.make_current()
-        self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        name = backend()
+        try:
+            self._context = _make_context(name, *self._size)
+            self._context.make_current()
+            self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        except Exception as error:  # each OpenGL says in its own way that it is not there
+            raise ImportError(f"no picture can be drawn with MUJOCO_GL={name}: {error}; {INSTALL}") from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._option = mujoco.MjvOption()
@@ -80,8 +84,7 @@ def _close(reference: "weakref.ref[Offscreen]") -> None:
         offscreen.close()
 
 
-def _make_context(height: int, width: int) -> Any:
-    name = backend()
+def _make_context(name: str, height: int, width: int) -> Any:
     if name in ("egl", "osmesa"):
         os.environ.setdefault("PYOPENGL_PLATFORM", name)
         return importlib.import_module(f"mujoco.{name}").GLContext(width, height)

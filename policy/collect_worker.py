@@ -78,7 +78,7 @@ class Recorder:
         settings: what decides what they hold.
 
     Raises:
-        CannotCollect: the task can't be made, or knows no such expert or phases.
+        CannotCollect: the task can't be made or drawn, or knows no such expert or phases.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -88,7 +88,9 @@ class Recorder:
             options["action"] = settings.action
         try:
             self._env = envs.make(settings.task, observation=settings.observation, **options)
-        except (ImportError, ValueError, TypeError, gymnasium.error.Error) as error:
+            self._env.reset(seed=0)  # draws the first images
+            make_expert(settings.task, self._env, _random(0, "expert"))
+        except Exception as error:  # whatever a simulator raises that can't begin
             raise CannotCollect(f"task {settings.task}: {error}") from error
         self._task, self._box = _task(self._env), _box(self._env)
         if settings.phases is not None and settings.phases > len(self._task.PHASES):

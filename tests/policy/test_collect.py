@@ -277,3 +277,26 @@ def test_what_cannot_be_collected_is_told(
     assert run(*words, "episodes=1", f"out={tmp_path / 'a.zarr'}") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and text in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("opengl", "observation", "text"),
+    [
+        ("none", "state", "task arm_reach: invalid value for environment variable MUJOCO_GL: none"),
+        ("disable", "image", "task arm_reach: no picture can be drawn with MUJOCO_GL=disable: "),
+    ],
+)
+def test_opengl_that_is_not_there_is_told_and_no_episode_counts_as_failed(
+    opengl: str,
+    observation: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", opengl)  # of the worker: this process has its own already
+    words = ["task=arm_reach", "episodes=1", f"observation={observation}", f"out={tmp_path / 'a.zarr'}"]
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and text in error and "Traceback" not in error
+    assert not list(tmp_path.rglob("seed_*"))

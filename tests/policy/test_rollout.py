@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import envs
 from driftfield.training import Progress, UserError
 from policy import rollout as module
 from policy.rollout import Episode, PolicyError, RolloutError, replay, rollout
@@ -243,6 +244,12 @@ def test_too_many_failures_are_an_error_that_keeps_the_episodes() -> None:
 def test_an_environment_that_cannot_be_made_is_the_user_s_error(workers: int) -> None:
     with pytest.raises(UserError, match="task nowhere: ValueError: there is no task 'nowhere'"):
         run(task="nowhere", workers=workers)
+
+
+def test_a_simulator_that_cannot_be_imported_is_the_user_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "none")  # of the worker: this process has its own already
+    with pytest.raises(UserError, match="task arm_reach: RuntimeError: invalid value .* MUJOCO_GL: none"):
+        run(task="arm_reach", make=envs.make, workers=1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
