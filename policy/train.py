@@ -10,7 +10,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -269,15 +269,16 @@ def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:
     """
     arrays = buffer.arrays
     keys = [key for key in arrays if key != ACTION and (config.observation == "image" or key == "state")]
-    if not keys:
-        raise UserError(f"demonstrations: expected the observation 'state', found {', '.join(arrays)}")
+    if not keys or (config.observation == "image" and all(arrays[key].ndim == 2 for key in keys)):
+        wanted = "a camera" if config.observation == "image" else "the observation 'state'"
+        raise UserError(f"demonstrations: expected {wanted}, found {', '.join(arrays)}")
     sizes = {key: arrays[key].shape[-1] for key in (*keys, ACTION) if arrays[key].ndim == 2}
-    kind = config.action or buffer.attributes.get("action_kind") or "absolute"
-    normalizer = Normalizer(task_parts(config.task, sizes, observation=config.observation, action=kind))
+    kind = _action_kind(config, buffer)
     options: dict[str, Any] = {"observation": config.observation}
-    if config.action is not None:
-        options["action"] = config.action
+    if config.action is not None or kind == "delta":
+        options["action"] = kind
     try:
+        normalizer = Normalizer(task_parts(config.task, sizes, observation=config.observation, action=kind))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             policy = METHODS[config.method](
@@ -302,6 +303,22 @@ def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:
     for warning in caught:
         print(f"note: {warning.message}")
     return policy
+
+
+def _action_kind(config: TrainConfig, buffer: ReplayBuffer) -> Literal["absolute", "delta"]:
+    """What the demonstrations' actions are, where they say it, else what the configuration says.
+
+    Raises:
+        UserError: they are of another task or kind than the configuration names, or of a kind that no task takes.
+    """
+    task, kind = buffer.attributes.get("task", config.task), buffer.attributes.get("action")
+    if task != config.task:
+        raise UserError(f"demonstrations: expected those of task={config.task}, found those of {task}")
+    if kind not in (None, "absolute", "delta") or (config.action is not None and kind not in (None, config.action)):
+        expected = f"action={config.action}" if config.action else "absolute or delta actions"
+        raise UserError(f"demonstrations: expected {expected}, found {kind} actions")
+    found: Literal["absolute", "delta"] = kind or config.action or "absolute"
+    return found
 
 
 def load_buffer(config: TrainConfig) -> ReplayBuffer:
