@@ -66,7 +66,7 @@ def run_make(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("target", "last_line"),
-    [("demo", "/python -m vision.train"), ("test", "/python -m pytest -m 'not slow'")],
+    [("demo", "/python -m vision.train"), ("test", "/python -m pytest -n 2 --dist loadfile -m 'not slow'")],
 )
 def test_a_target_sets_up_everything_and_then_runs(target: str, last_line: str, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
