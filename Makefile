@@ -24,8 +24,9 @@ demo: $(READY) ## train a one-step generator on real images, from nothing, in ab
 	@echo 'python -m vision.train'
 	@$(RUN) -m vision.train
 
+test: export OMP_NUM_THREADS = 1 # two processes of one thread each
 test: lint ## linter, type checker, tests, doctests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: $(READY) ## linter and type checker alone
 	$(RUN) -m ruff check .
