@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from driftfield.training import UserError
 from driftfield.training.config import load_config
 from driftfield.training.schema import to_plain
 from policy.config import CONFIG_DIR, TrainConfig
@@ -177,3 +178,44 @@ def test_scripted_recipes_collect_what_they_learn_from(name: str) -> None:
     assert config.task == name.removesuffix("_scripted")
     assert parameters(build(config)) < 1e6
     assert config.evaluation.every is not None and config.samples % config.evaluation.every == 0
+
+
+def demonstrations(state_size: int, action_size: int, **attributes: str) -> ReplayBuffer:
+    draws = np.random.default_rng(0)
+    arrays = {
+        key: draws.normal(size=(ROWS, size)).astype(np.float32)
+        for key, size in (("state", state_size), ("action", action_size))
+    }
+    return ReplayBuffer(arrays, np.array([ROWS]), attributes)
+
+
+def test_the_kind_of_action_is_that_of_the_demonstrations() -> None:
+    delta = demonstrations(19, 7, task="lift", action="delta")
+    policy = build_policy(composed("task=lift"), delta)
+    assert policy.task_options == {"observation": "state", "action": "delta"}
+    assert [part.mode for part in policy.normalizer.parts["action"]] == ["identity"]
+
+
+@pytest.mark.parametrize(
+    ("buffer", "overrides", "message"),
+    [
+        (
+            demonstrations(19, 7, task="lift", action="delta"),
+            ("action=absolute",),
+            "expected action=absolute, found delta",
+        ),
+        (demonstrations(23, 7, task="can"), (), "expected those of task=lift, found those of can"),
+        (
+            demonstrations(19, 7, task="lift", action="velocity"),
+            (),
+            "expected absolute or delta actions, found velocity",
+        ),
+        (demonstrations(19, 10, task="lift"), ("observation=image",), "expected a camera, found state"),
+        (demonstrations(19, 7), (), "lift: action: expected 10 dimensions, found 7"),
+    ],
+)
+def test_demonstrations_that_are_not_of_the_recipe_are_refused(
+    buffer: ReplayBuffer, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_policy(composed("task=lift", *overrides), buffer)
