@@ -21,6 +21,13 @@ class DiffusionPolicy(Policy):
 
     Raises:
         ValueError: sizes or options that do not fit.
+
+    >>> policy = DiffusionPolicy(
+    ...     shapes={"state": (3,)}, action_dim=2, network={"name": "mlp", "width": 8}, steps=5,
+    ...     normalizer={"parts": {"state": [{"size": 3}], "action": [{"size": 2}]}},
+    ... )
+    >>> policy.sample(torch.zeros(1, 2, 3), [torch.Generator()]).shape
+    torch.Size([1, 16, 2])
     """
 
     def __init__(self, *, train_steps: int = 100, sampler: Sampler = "ddpm", steps: int = 100, **policy: Any) -> None:

@@ -30,6 +30,13 @@ class DriftingPolicy(Policy):
 
     Raises:
         ValueError: sizes or options that do not fit.
+
+    >>> policy = DriftingPolicy(
+    ...     shapes={"state": (3,)}, action_dim=2, network={"name": "mlp", "width": 8}, generated=4,
+    ...     normalizer={"parts": {"state": [{"size": 3}], "action": [{"size": 2}]}},
+    ... )
+    >>> policy.sample(torch.zeros(1, 2, 3), [torch.Generator()]).shape
+    torch.Size([1, 16, 2])
     """
 
     def __init__(

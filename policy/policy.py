@@ -57,6 +57,16 @@ class Policy(nn.Module):
 
     Raises:
         ValueError: sizes that do not fit.
+
+    >>> from policy.regression_policy import RegressionPolicy
+    >>> limits = torch.tensor([[-1.0, 0.0], [1.0, 9.0]]).numpy()
+    >>> policy = RegressionPolicy(
+    ...     shapes={"state": (2,)}, action_dim=2, network={"name": "mlp", "width": 8},
+    ...     normalizer={"parts": {"state": [{"size": 2}], "action": [{"size": 2}]}},
+    ... )
+    >>> _ = policy.normalizer.fit({"state": limits, "action": limits})
+    >>> policy.predict({"state": torch.zeros(1, 2, 2)}, [torch.Generator()]).shape  # 8 of 16 actions are executed
+    torch.Size([1, 8, 2])
     """
 
     def __init__(
@@ -199,7 +209,7 @@ def build_network(
     """An action network by its name.
 
     Raises:
-        ValueError: an unknown name, or keywords that it does not take.
+        ValueError: an unknown name, keywords that it does not take, or a horizon that it cannot halve at each level.
 
     >>> type(build_network({"name": "mlp", "width": 8}, 2, 3, 2, 16)).__name__
     'ActionMLP'
@@ -210,7 +220,10 @@ def build_network(
             case "mlp":
                 return ActionMLP(action_dim, cond_dim, obs_steps, horizon, **keywords)
             case "unet1d":
-                return ConditionalUnet1D(action_dim, cond_dim, obs_steps, **keywords)
+                unet = ConditionalUnet1D(action_dim, cond_dim, obs_steps, **keywords)
+                if horizon % unet.length_unit:
+                    raise ValueError(f"horizon: expected a multiple of {unet.length_unit}, found {horizon}")
+                return unet
             case "transformer":
                 return ActionTransformer(action_dim, cond_dim, obs_steps, horizon, **keywords)
     except TypeError as error:

@@ -224,7 +224,10 @@ class Training:
             self.policy.normalizer.normalize(key, self._arrays[key]) for key in self.policy.encoder.numbers
         ]  # [N, D] each
         rows = torch.from_numpy(self.windows.indices(np.arange(len(self.windows))))[:, : self.config.obs_steps]
-        return nearest_windows(torch.cat(numbers, -1)[rows].flatten(1), self.config.drifting.positives)
+        try:
+            return nearest_windows(torch.cat(numbers, -1)[rows].flatten(1), self.config.drifting.positives)
+        except ValueError as error:
+            raise UserError(f"drifting.positives: {error}") from error
 
     def _batch(self, windows: Windows, numbers: Tensor, positives: Tensor | None) -> Batch:
         chosen = numbers[:, None] if positives is None else positives[numbers]  # [B, K]
