@@ -92,6 +92,8 @@ def skip_what_is_not_installed(case: Case) -> None:
     if case.needs and importlib.util.find_spec(case.needs) is None:
         pytest.skip(f"{case.task} needs {case.needs}: pip install -e '.[simulators]'")
     if IMAGE[0] in case.both and case.task != "push_t":  # which draws without OpenGL
+        # Training loads Triton; where Mesa's LLVM is in the process before Triton's own, that crashes.
+        importlib.import_module("torch._dynamo")
         try:
             backend()
         except ImportError as error:
