@@ -2,7 +2,7 @@
 
 A chunk of actions is a path to one side or to the other, m(o) or -m(o) with equal odds, for a random observation o; one
 demonstration is seen of each observation. A generative policy makes chunks near either mode, a regression their mean.
-Writes a picture of sampled chunks and `results.json`: shares of chunks near a mode (within 25 % of its length), at the
+Writes a picture of sampled chunks and, as JSON, shares of chunks near a mode (within 25 % of its length), at the
 mean (likewise), coherent (every step on the same side), of the first mode, and of observations with 30 to 70 % of it.
 """
 

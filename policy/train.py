@@ -252,7 +252,13 @@ class Training:
     def _warn_of_collapse(self, values: Any) -> None:
         """Once: the chunks of an observation agree. Right where a task has one mode, a failure where it has two."""
         past_warmup = self.samples_seen > max(self.config.warmup_samples, self.config.samples // 10)
-        if self._warned or not past_warmup or "collapsed" not in values or self.config.drifting.generated == 1:
+        if (
+            self._warned
+            or not is_main()
+            or not past_warmup
+            or "collapsed" not in values
+            or self.config.drifting.generated == 1
+        ):
             return
         self._warned = True
         if float(values["collapsed"]) > COLLAPSE_WARNING:
@@ -456,6 +462,8 @@ def run(config: TrainConfig, buffer: ReplayBuffer, device: torch.device, stop: S
             training.policy.save_pretrained(folder / MODEL)
         results = evaluations.results()
         scores = best_and_last([_score(result) for result in results])
+        video = evaluations.film(folder / VIDEO)
+        chunks = training.draw_chunks(folder / CHUNKS)
         write_json(
             folder / RESULTS,
             {
@@ -468,8 +476,6 @@ def run(config: TrainConfig, buffer: ReplayBuffer, device: torch.device, stop: S
                 "last_evaluation": results[-1],
             },
         )
-        video = evaluations.film(folder / VIDEO)
-        chunks = training.draw_chunks(folder / CHUNKS)
         written = [path for path in (folder / MODEL, folder / RESULTS, chunks, video) if path is not None]
         print(f"written: {', '.join(map(str, written))}")
     barrier()

@@ -33,7 +33,11 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "vision.neighbours": (),
     "vision.check_encoder": ("num=100",),
     "policy.train": (
-        "demonstrations.collect=10", "samples=1280", "warmup_samples=128", "network.width=32", "evaluation.episodes=4",
+        "demonstrations.collect=10",
+        "samples=1280",
+        "warmup_samples=128",
+        "network.width=32",
+        "evaluation.episodes=4",
         "evaluation.videos=1",
     ),  # fmt: skip
     "policy.evaluate": ("episodes=2", "latency_chunks=5", "show=1"),
