@@ -321,7 +321,8 @@ def test_after_a_control_step_everything_belongs_to_the_present_positions(pendul
 @pytest.fixture
 def another_choice(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The choice of an OpenGL made anew, and forgotten afterwards."""
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that it is taken back afterwards, whatever is set meanwhile
+    monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.setattr(offscreen.platform, "system", lambda: "Linux")
     monkeypatch.setattr(offscreen, "backend", offscreen.backend.__wrapped__)
     return monkeypatch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import envs
 from driftfield.training import run_program
+from envs.offscreen import backend
 from policy import evaluate as program
 from policy.drifting_policy import DriftingPolicy
 from policy.evaluate import CONFIG_DIR, EvaluateConfig
@@ -110,6 +111,14 @@ def test_every_episode_is_logged_with_figures_versions_and_command(
     assert "latency of a chunk: p50" in shown
 
 
+def can_draw() -> bool:
+    try:
+        backend()
+    except ImportError:
+        return False
+    return True
+
+
 @pytest.mark.usefixtures("scripted")
 def test_the_figures_depend_on_no_number_of_workers_and_on_no_video(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -123,7 +132,10 @@ def test_the_figures_depend_on_no_number_of_workers_and_on_no_video(
         logs.append(read_log(run_folder)["evaluations"][0])
     assert logs[0]["episodes"] == logs[1]["episodes"] and logs[0]["summary"] == logs[1]["summary"]
     assert logs[0]["latency"] is None
-    assert video.stat().st_size > 1000 and str(video) in capsys.readouterr().out
+    if can_draw():
+        assert video.stat().st_size > 1000 and str(video) in capsys.readouterr().out
+    else:
+        assert not video.exists()
 
 
 @pytest.mark.usefixtures("scripted")
