@@ -8,7 +8,6 @@ successes and failures.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,7 +27,6 @@ from policy.video import film
 
 WARM_UP: Final = 3  # predictions that are not timed
 LOG, VIDEO = "eval_log.json", "episodes.mp4"
-SIMULATORS: Final = ("mujoco", "gymnasium", "robosuite", "gymnasium-robotics")  # scores differ between versions
 
 
 @dataclass(kw_only=True)
@@ -187,7 +185,7 @@ def _record(config: EvaluateConfig, folder: Path, policy: Policy, evaluations: S
         "task": policy.task,
         "task_options": policy.task_options,
         "config": to_plain(config),
-        "start": {**start, "versions": {**start["versions"], **_versions()}},
+        "start": start,
         "protocol": protocol(evaluations),
         "evaluations": [
             {
@@ -217,11 +215,6 @@ def protocol(evaluations: Sequence[Evaluation]) -> dict[str, Mapping[str, float]
     figures = {"success": [each.success for each in summaries], "score": [each.score for each in summaries]}
     figures |= {f"p{k}": [each.phases[k - 1] for each in summaries] for k in range(1, 1 + len(summaries[0].phases))}
     return {name: best_and_last(values)._asdict() for name, values in figures.items()}
-
-
-def _versions() -> dict[str, str]:
-    installed = {distribution.name for distribution in metadata.distributions()}
-    return {name: metadata.version(name) for name in SIMULATORS if name in installed}
 
 
 def _report(config: EvaluateConfig, policy: Policy, evaluations: Sequence[Evaluation]) -> str:

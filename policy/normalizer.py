@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -26,21 +25,6 @@ class Part(NamedTuple):
     size: int
     mode: Mode = "limits"
     eps: float = 1e-4
-
-
-@dataclass(frozen=True)
-class Outside:
-    """Values that are not between the smallest and the largest of the data, by dimension."""
-
-    count: int
-    total: int
-    dimensions: dict[int, int]  # how many in each dimension that has any
-
-    def __str__(self) -> str:
-        where = ", ".join(f"{dimension} ({count})" for dimension, count in self.dimensions.items())
-        return f"{self.count} of {self.total} values outside the data's range" + (
-            f", in dimensions {where}" if where else ""
-        )
 
 
 class Normalizer(nn.Module):
@@ -130,30 +114,6 @@ class Normalizer(nn.Module):
         """Values in the data's units, moved into the range that the data had; arguments and errors as `normalize`."""
         affine = self._checked_affine(key, x)
         return x.float().clamp(affine.low, affine.high)
-
-    def outside(self, key: str, x: Tensor) -> Outside:
-        """Count the values that lie outside what the data had.
-
-        Args:
-            key: whose.
-            x: `[..., D]` in the data's units; rounding, 1e-5 of the range, counts as inside.
-
-        Raises:
-            RuntimeError, KeyError, TypeError, ValueError: as for `normalize`.
-        """
-        affine = self._checked_affine(key, x)
-        slack = 1e-5 * (affine.high - affine.low)
-        inside = (x.float() >= affine.low - slack) & (x.float() <= affine.high + slack)  # NaN is outside
-        counts = (~inside).flatten(end_dim=-2).sum(0) if x.ndim > 1 else (~inside).int()
-        dimensions = {dimension: count for dimension, count in enumerate(counts.tolist()) if count}
-        return Outside(sum(dimensions.values()), x.numel(), dimensions)
-
-    def warn_outside(self, key: str, x: Tensor) -> Outside:
-        """As `outside`, with a warning that gives the count if there are any."""
-        found = self.outside(key, x)
-        if found.count:
-            warnings.warn(f"{key}: {found}", stacklevel=2)
-        return found
 
     def _affine(self, key: str) -> "_Affine":
         if key not in self.parts:

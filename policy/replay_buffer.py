@@ -4,7 +4,7 @@ On the disk, a zarr (format 3) folder; every chunk has a CRC-32C:
 
     FOLDER/zarr.json            attributes, under "driftfield_demonstrations"
     FOLDER/data/KEY             [N, ...]: "action", "state", images by the name of their camera
-    FOLDER/meta/episode_ends    int64 [E]; an entry of -1 at the end is an episode whose appending was cut off
+    FOLDER/meta/episode_ends    int64 [E]
 """
 
 import hashlib
@@ -22,9 +22,9 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from driftfield.training.atomic_file import TEMPORARY_PREFIX, sync, to_json, write_json
+from driftfield.training.atomic_file import TEMPORARY_PREFIX, sync, to_json
 from policy.data_error import DataError, available, naming
-from policy.zarr_arrays import ZARR_ERRORS, ZarrStore
+from policy.zarr_arrays import ZarrStore
 
 VERSION: Final = 1
 HEADER: Final = "driftfield_demonstrations"  # attribute of the group
@@ -33,8 +33,6 @@ DATA, EPISODE_ENDS = "data", "meta/episode_ends"
 ACTION, STATE = "action", "state"
 
 _CHUNK_BYTES: Final = 2_000_000
-_CHUNK_EPISODES: Final = 65_536  # ends of so many episodes in one file, so that appending is one rename
-_CUT_OFF: Final = -1
 _DTYPES: Final = ("float32", "uint8", "int64", "bool")
 
 
@@ -136,22 +134,6 @@ class ReplayBuffer:
         rows = slice(int(self.episode_starts[i]), int(self.episode_ends[i]))
         return {key: array[rows] for key, array in self.arrays.items()}
 
-    def append(self, episode: Mapping[str, np.ndarray], info: Mapping[str, Any] | None = None) -> None:
-        """Add an episode at the end; `from_episodes` joins many at once, without copying each again for every next.
-
-        Args:
-            episode: its arrays, with the same keys.
-            info: what is known of it, for `attributes["episodes"]`.
-
-        Raises:
-            ValueError: it does not fit the others; the buffer is then as it was.
-        """
-        attributes = dict(self.attributes)
-        if info is not None or EPISODES in attributes:
-            attributes[EPISODES] = [*attributes.get(EPISODES, [{}] * len(self)), dict(info or {})]
-        whole = type(self).from_episodes([*map(self.episode, range(len(self))), episode], attributes)
-        self.__dict__ = whole.__dict__
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the episodes into a new folder, whole or not at all.
 
@@ -176,7 +158,7 @@ class ReplayBuffer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> Self:
-        """Read the episodes of a folder that `save` and `append_episodes` wrote.
+        """Read the episodes of a folder that `save` wrote.
 
         Args:
             path: the folder.
@@ -193,7 +175,7 @@ class ReplayBuffer:
             for key in wanted:
                 if key not in names:
                     raise DataError(f"{path}: expected data/{key}, {available(key, names)}")
-            arrays = {key: store.read(f"{DATA}/{key}", rows=int(ends[-1])) for key in wanted}
+            arrays = {key: store.read(f"{DATA}/{key}") for key in wanted}
         with naming(path):
             return cls(arrays, ends, header)
 
@@ -201,7 +183,7 @@ class ReplayBuffer:
         group: Any = zarr.open_group(path, mode="w", zarr_format=3)
         for key, array in self.arrays.items():
             _write_array(group, f"{DATA}/{key}", array, chunk=_chunk_steps(array))
-        _write_array(group, EPISODE_ENDS, self.episode_ends, chunk=_CHUNK_EPISODES, fill_value=_CUT_OFF)
+        _write_array(group, EPISODE_ENDS, self.episode_ends, chunk=len(self))
         group.attrs[HEADER] = {"version": VERSION, **self.attributes}
 
     def _check_finite(self, key: str, array: np.ndarray) -> None:
@@ -218,93 +200,21 @@ class ReplayBuffer:
         )
 
 
-def append_episodes(path: str | os.PathLike[str], episodes: ReplayBuffer) -> int:
-    """Add episodes to a folder of `ReplayBuffer.save`, or make it; a kill at any moment leaves what was there before.
-
-    The rows are written first, behind the last episode's; the file of the ends, replaced at once, makes them count.
-    One process may append at a time.
-
-    Args:
-        path: the folder.
-        episodes: to be added; arrays and attributes (but "episodes") must be as those of the folder.
-
-    Raises:
-        DataError: the folder is damaged, or the episodes are of another kind.
-        OSError: if the disk refuses.
-
-    Returns:
-        Number of episodes in the folder.
-    """
-    path = Path(path)
-    if not path.exists():
-        episodes.save(path)
-        return len(episodes)
-    with ZarrStore(path) as store:
-        old, old_ends = _read_header(store)
-    try:
-        group: Any = zarr.open_group(path, mode="r+", zarr_format=3)
-        _require_same_kind(path, group, old, episodes)
-        rows = int(old_ends[-1])
-        for key, array in episodes.arrays.items():
-            _extend(group[f"{DATA}/{key}"], rows, array)
-        _write_attributes(path, old, episodes.attributes)
-        _extend(group[EPISODE_ENDS], len(old_ends), rows + episodes.episode_ends)
-    except ZARR_ERRORS as error:
-        if isinstance(error, (OSError, DataError)):
-            raise
-        raise DataError(f"{path}: {type(error).__name__}: {error}") from error
-    return len(old_ends) + len(episodes)
-
-
-def _write_array(group: Any, name: str, array: np.ndarray, *, chunk: int, fill_value: int = 0) -> None:
+def _write_array(group: Any, name: str, array: np.ndarray, *, chunk: int) -> None:
     created = group.create_array(
         name,
         shape=array.shape,
         dtype=array.dtype,
         chunks=(chunk, *array.shape[1:]),
         compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        fill_value=fill_value,
+        fill_value=0,
         config={"write_empty_chunks": True},  # a chunk left out would look like one that is lost
     )
     created[...] = array
 
 
-def _extend(array: Any, start: int, values: np.ndarray) -> None:
-    """Write rows from `start` on, behind those that count; zarr replaces each file at once."""
-    array = array.with_config({"write_empty_chunks": True})
-    array.resize((start + len(values), *array.shape[1:]))
-    array[start:] = values
-
-
-def _write_attributes(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    if EPISODES not in new:
-        return
-    metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-    metadata["attributes"][HEADER] = {"version": VERSION, **old, EPISODES: [*old[EPISODES], *new[EPISODES]]}
-    write_json(path / "zarr.json", metadata)
-
-
-def _require_same_kind(path: Path, group: Any, old: dict[str, Any], episodes: ReplayBuffer) -> None:
-    keys = sorted(group[DATA].array_keys())
-    if keys != sorted(episodes.arrays):
-        raise DataError(f"{path}: expected episodes with the keys {keys}, found {sorted(episodes.arrays)}")
-    for key, array in episodes.arrays.items():
-        there = group[f"{DATA}/{key}"]
-        if there.dtype != array.dtype or there.shape[1:] != array.shape[1:]:
-            raise DataError(
-                f"{path}: {key}: expected {there.dtype} {_shape(there)}, found {array.dtype} {_shape(array)}"
-            )
-    new = episodes.attributes
-    for name in sorted(old.keys() | new.keys()):
-        same = (name in old) == (name in new) if name == EPISODES else old.get(name) == new.get(name)
-        if not same:
-            raise DataError(
-                f"{path}: attribute {name!r}: expected {old.get(name)!r} as the folder has it, found {new.get(name)!r}"
-            )
-
-
 def _read_header(store: ZarrStore) -> tuple[dict[str, Any], np.ndarray]:
-    """Attributes and ends of the episodes that count, `[E]`: what a cut-off append left behind does not."""
+    """Attributes, and ends of the episodes `[E]`."""
     header = store.attributes.get(HEADER)
     if not isinstance(header, dict):
         raise DataError(
@@ -313,15 +223,9 @@ def _read_header(store: ZarrStore) -> tuple[dict[str, Any], np.ndarray]:
         )
     if header.get("version") != VERSION:
         raise DataError(f"{store.path}: version: expected {VERSION}, found {header.get('version')!r}")
-    ends = store.read(EPISODE_ENDS)
-    counting = np.flatnonzero(ends != _CUT_OFF)
-    ends = ends[: counting[-1] + 1] if len(counting) else ends[:0]
     with naming(store.path):
-        ends = _checked_ends(ends)
-    attributes = {name: value for name, value in header.items() if name != "version"}
-    if isinstance(attributes.get(EPISODES), list):
-        attributes[EPISODES] = attributes[EPISODES][: len(ends)]
-    return attributes, ends
+        ends = _checked_ends(store.read(EPISODE_ENDS))
+    return {name: value for name, value in header.items() if name != "version"}, ends
 
 
 def _checked_ends(episode_ends: np.ndarray | Sequence[int]) -> np.ndarray:

@@ -197,7 +197,7 @@ class Training:
 
     def draw_chunks(self, path: Path) -> Path | None:
         """Write a picture of chunks at the beginnings of episodes; None where actions are no positions in a plane."""
-        if self.policy.action_dim != 2:
+        if self.policy.action_dim != 2 or self.policy.task_options.get("action") == "delta":
             return None
         windows = self.held_out or self.windows
         starts = windows.first_windows[:DRAWN]
@@ -337,22 +337,31 @@ def load_buffer(config: TrainConfig) -> ReplayBuffer:
         UserError: there are none, and none can be collected.
     """
     wanted = config.demonstrations
-    if wanted.path is None and is_main():
+    path = wanted.path
+    if path is None:
         collection = CollectConfig(
             task=config.task, out=None, episodes=wanted.collect, workers=max(1, config.evaluation.workers),
             first_seed=0, observation=config.observation, action=config.action, action_noise=wanted.action_noise,
             phases=None, success_only=True, max_failures=None,
         )  # fmt: skip
-        if not collection.folder.exists():
-            print(f"collecting {wanted.collect} demonstrations of {config.task} into {collection.folder}", flush=True)
-            if code := collect(collection):
-                raise Stopped(code)
-    barrier()
-    path = wanted.path or Path("data/robots") / f"{config.task}.zarr"
+        path = collection.folder
+        if is_main():
+            _collect(collection)
+        barrier()
     try:
         return load_demonstrations(path, format=wanted.format)
     except DataError as error:
         raise UserError(str(error)) from error
+
+
+def _collect(collection: CollectConfig) -> None:
+    """Collect, go on with it, or see that what is there is what is asked for."""
+    try:
+        code = collect(collection)
+    except UserError as error:
+        raise UserError(f"{error}; demonstrations.path={collection.folder} takes what is there as it is") from error
+    if code:
+        raise Stopped(code)
 
 
 class Evaluations:

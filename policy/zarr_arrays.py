@@ -72,29 +72,25 @@ class ZarrStore:
         """Names of the arrays."""
         return sorted(self._arrays)
 
-    def read(self, name: str, *, rows: int | None = None) -> np.ndarray:
-        """An array, or its first rows.
+    def read(self, name: str) -> np.ndarray:
+        """An array.
 
         Args:
             name: as in `names`.
-            rows: how many; all if not given.
 
         Raises:
-            DataError: there is no such array, it is shorter, or chunks of it are missing or damaged (naming the first).
+            DataError: there is no such array, or chunks of it are missing or damaged (naming the first).
         """
         if name not in self._arrays:
             raise DataError(f"{self.path}: expected an array {name}, {available(name, self.names)}")
         array = self._arrays[name]
         if array.dtype.hasobject or array.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: array {name}: expected numbers, found dtype {array.dtype}")
-        if rows is not None and (not array.shape or array.shape[0] < rows):
-            raise DataError(f"{self.path}: array {name}: expected at least {rows} rows, found shape {array.shape}")
-        shape = array.shape if rows is None else (rows, *array.shape[1:])
-        self._require_chunks(name, array, shape)
+        self._require_chunks(name, array)
         try:
-            return np.asarray(array[tuple(map(slice, shape))])
+            return np.asarray(array[...])
         except ZARR_ERRORS as error:
-            raise DataError(f"{self.path}: array {name}: {_damage(array, shape, error)}") from error
+            raise DataError(f"{self.path}: array {name}: {_damage(array, error)}") from error
 
     def _find_arrays(self) -> Iterator[tuple[str, Any]]:
         """Every array; zarr's own search leaves out those whose metadata are damaged."""
@@ -104,8 +100,8 @@ class ZarrStore:
                 if isinstance(member, zarr.Array):
                     yield folder, member
 
-    def _require_chunks(self, name: str, array: Any, shape: tuple[int, ...]) -> None:
-        grid, is_blosc = _grid(array, shape), _ends_with_blosc(array)
+    def _require_chunks(self, name: str, array: Any) -> None:
+        grid, is_blosc = _grid(array), _ends_with_blosc(array)
         for chunk in _chunks(grid):
             key = array.metadata.encode_chunk_key(chunk)
             if f"{name}/{key}" not in self._files:
@@ -142,9 +138,9 @@ def _ends_with_blosc(array: Any) -> bool:
     return bool(array.compressors) and isinstance(array.compressors[-1], (Blosc, BloscCodec)) and not array.shards
 
 
-def _grid(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Number of chunks (of files, where chunks share one) along each axis of the leading part of an array."""
-    return tuple(-(-length // size) for length, size in zip(shape, array.shards or array.chunks, strict=True))
+def _grid(array: Any) -> tuple[int, ...]:
+    """Number of chunks (of files, where chunks share one) along each axis of an array."""
+    return tuple(-(-length // size) for length, size in zip(array.shape, array.shards or array.chunks, strict=True))
 
 
 def _chunks(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -157,10 +153,10 @@ def _chunks(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         yield tuple(reversed(chunk))
 
 
-def _damage(array: Any, shape: tuple[int, ...], error: Exception) -> str:
+def _damage(array: Any, error: Exception) -> str:
     """Which chunk it is that cannot be read, and why."""
     sizes = array.shards or array.chunks
-    for chunk in _chunks(_grid(array, shape)):
+    for chunk in _chunks(_grid(array)):
         try:
             array[tuple(slice(i * size, (i + 1) * size) for i, size in zip(chunk, sizes, strict=True))]
         except ZARR_ERRORS as reason:

@@ -21,7 +21,10 @@ from driftfield.training.errors import UserError
 from driftfield.training.schema import ConfigError, to_plain
 
 CONFIG, RUN, LOCK = "config.yaml", "run.json", "run.lock"
-PACKAGES = ("driftfield", "torch", "numpy", "safetensors", "hydra-core", "timm", "scikit-learn")
+PACKAGES = (
+    "driftfield", "torch", "numpy", "safetensors", "hydra-core", "timm", "scikit-learn", "diffusers", "gymnasium",
+    "mujoco", "robosuite", "gymnasium-robotics",
+)  # fmt: skip
 _SECRET = re.compile(r"(?is)^([^=]*(?:token(?!i)|secret|passw|credential|api[_-]?key)[^=]*=).*")  # a tokenizer is none
 _log = logging.getLogger(__name__)
 

@@ -107,7 +107,7 @@ def test_it_is_built_from_json_and_loads_its_weights(tmp_path: Path) -> None:
 
 def test_it_refuses_use_before_it_is_fitted() -> None:
     normalizer = Normalizer({"action": [Part(4)]})
-    for method in (normalizer.normalize, normalizer.unnormalize, normalizer.outside):
+    for method in (normalizer.normalize, normalizer.unnormalize, normalizer.clamp):
         with pytest.raises(RuntimeError, match="fit"):
             method("action", torch.zeros(1, 4))
     unfitted = Normalizer({"action": [Part(4)]})
@@ -116,27 +116,12 @@ def test_it_refuses_use_before_it_is_fitted() -> None:
         unfitted.normalize("action", torch.zeros(1, 4))
 
 
-def test_numbers_outside_of_the_data_are_counted() -> None:
-    normalizer = fitted([Part(4)])
-    x = torch.tensor([[[0.0, 5.0, 9.0, 0.0], [11.0, -5.0, 9.0, float("nan")]]])
-    found = normalizer.outside("action", x)
-    assert (found.count, found.total, found.dimensions) == (4, 8, {0: 1, 1: 2, 3: 1})
-    assert normalizer.outside("action", torch.from_numpy(ACTIONS)).count == 0
-    assert normalizer.outside("action", torch.tensor([0.0, 5.0, 9.0, 0.0])).dimensions == {1: 1}
-    with pytest.warns(
-        UserWarning, match=r"action: 4 of 8 values outside the data's range, in dimensions 0 \(1\), 1 \(2\)"
-    ):
-        assert normalizer.warn_outside("action", x) == found
-    normalizer.warn_outside("action", torch.from_numpy(ACTIONS))  # warnings are errors here
-
-
 def test_clamping_moves_numbers_into_the_range_of_the_data() -> None:
     x = torch.tensor([[-1.0, 5.0, 8.0, 0.25], [11.0, -5.0, 9.5, -3.0]])
     expected = torch.tensor([[0.0, 4.0, 9.0, 0.25], [10.0, -4.0, 9.0, -1.0]])
     for parts in ([Part(4)], [Part(4, "identity")], [Part(4, "max_abs")]):
         normalizer = fitted(parts)
         torch.testing.assert_close(normalizer.clamp("action", x), expected, rtol=0, atol=0)
-        assert normalizer.outside("action", normalizer.clamp("action", x)).count == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from policy.data_error import DataError
-from policy.replay_buffer import HEADER, ReplayBuffer, append_episodes
+from policy.replay_buffer import HEADER, ReplayBuffer
 
 LENGTHS = (3, 5, 1)
 ATTRIBUTES = {"task": "push_t", "action": "absolute"}
@@ -67,21 +67,6 @@ def test_episodes_are_the_rows_between_their_ends() -> None:
         whole.episode(3)
     with pytest.raises(IndexError, match="episode -1"):
         whole.episode(-1)
-
-
-def test_appending_is_joining() -> None:
-    whole, more = buffer(), buffer((4,), seed=1)
-    before = whole.fingerprint
-    whole.append(more.episode(0), more.attributes["episodes"][0])
-    assert is_same(whole, joined(buffer(), more)) and whole.fingerprint != before
-
-
-def test_an_episode_that_does_not_fit_leaves_the_buffer_as_it_was() -> None:
-    whole = buffer()
-    for bad in ({"action": np.zeros((3, 2), np.float32)}, {**arrays(3), "state": np.zeros((2, 4), np.float32)}):
-        with pytest.raises(ValueError, match="episode 3: expected"):
-            whole.append(bad)
-        assert is_same(whole, buffer())
 
 
 def test_the_fingerprint_is_of_names_values_shapes_and_ends() -> None:
@@ -238,73 +223,6 @@ def test_saving_leaves_nothing_behind_where_the_disk_refuses(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-class Killed(BaseException):
-    """Stops everything where it is, as a kill does: nothing that handles an Exception cleans up after it."""
-
-
-def kill_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop at that many files put in their place from now on; each write of the store ends with such a step."""
-    replace, calls = os.replace, iter(range(1, 10_000))
-
-    def counted(*arguments: Any, **keywords: Any) -> None:
-        if next(calls) == count:
-            raise Killed
-        replace(*arguments, **keywords)
-
-    monkeypatch.setattr(os, "replace", counted)
-
-
-def test_an_append_that_is_killed_anywhere_leaves_the_old_episodes_and_can_be_repeated(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, more = buffer(), buffer((2, 6), seed=1)
-    new = joined(old, more)
-    for count in range(1, 100):
-        path = Path(shutil.copytree(original, tmp_path / f"{count}.zarr"))
-        with monkeypatch.context() as patch:
-            kill_at(count, patch)
-            try:
-                assert append_episodes(path, more) == 5
-                break
-            except Killed:
-                pass
-        found = ReplayBuffer.load(path)
-        assert is_same(found, old) or is_same(found, new), count
-        if is_same(found, old):
-            assert append_episodes(path, more) == 5
-            assert is_same(ReplayBuffer.load(path), new), count
-    assert count > 8  # three arrays, the ends and the attributes, each with its metadata
-    assert is_same(ReplayBuffer.load(path), new)
-
-
-def test_a_shorter_append_after_a_killed_one_counts_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        kill_at(9, patch)
-        with pytest.raises(Killed):
-            append_episodes(folder, buffer((20, 30, 40), seed=1))
-    short = buffer((2,), seed=2)
-    append_episodes(folder, short)
-    assert is_same(ReplayBuffer.load(folder), joined(buffer(), short))
-
-
-def test_appending_makes_the_folder_and_refuses_another_kind(tmp_path: Path) -> None:
-    path, first = tmp_path / "new.zarr", buffer()
-    assert append_episodes(path, first) == 3
-    others = [
-        (ReplayBuffer(first.arrays, first.episode_ends, {**first.attributes, "task": "lift"}), "attribute 'task'"),
-        (ReplayBuffer(first.arrays, first.episode_ends, ATTRIBUTES), "attribute 'episodes'"),
-        (ReplayBuffer({"action": first.arrays["action"]}, [9], first.attributes | {"episodes": [{}]}), "with the keys"),
-        (
-            ReplayBuffer(first.arrays | {"state": np.zeros((9, 3), np.float32)}, [3, 8, 9], first.attributes),
-            r"state: expected float32 \[N, 4\], found float32 \[N, 3\]",
-        ),
-    ]
-    for other, message in others:
-        with pytest.raises(DataError, match=message):
-            append_episodes(path, other)
-        assert is_same(ReplayBuffer.load(path), first)
-
-
 # Damage
 
 
@@ -388,5 +306,5 @@ def test_arrays_shorter_than_the_episodes_are_refused(folder: Path) -> None:
     metadata = json.loads((folder / "data/state/zarr.json").read_text(encoding="utf-8"))
     metadata["shape"] = [5, 4]
     (folder / "data/state/zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
-    with pytest.raises(DataError, match=r"array data/state: expected at least 9 rows, found shape \(5, 4\)"):
+    with pytest.raises(DataError, match=r"state: expected 9 steps, where the last episode ends, found 5"):
         ReplayBuffer.load(folder)
