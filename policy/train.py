@@ -8,7 +8,6 @@ again. The loss of drifting is flat by construction; what falls are lambda, the 
 import shutil
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,7 +20,6 @@ from driftfield.training import (
     EMA,
     Action,
     Progress,
-    RunFolder,
     Stopped,
     StopRequest,
     Update,
@@ -29,12 +27,11 @@ from driftfield.training import (
     barrier,
     generator,
     is_main,
-    load_optimizer,
-    optimizer_state,
     process_group,
     require_equal,
     run_loop,
     run_program,
+    run_to_results,
     share,
     to_yaml,
     warmup_constant,
@@ -152,19 +149,11 @@ class Training:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors a resumed run needs, for a checkpoint."""
-        return {
-            "policy": self.policy.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_state(self.optimizer).tensors,
-        }
+        return self.update.tensors()
 
     def state(self) -> dict[str, Any]:
         """Everything else it needs; randomness is a function of (seed, step) and has no state."""
-        return {
-            "data": self.fingerprint,
-            "rejected_steps": self.update.rejected,
-            "optimizer": optimizer_state(self.optimizer).state,
-        }
+        return {"data": self.fingerprint, **self.update.state()}
 
     def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Take over a checkpoint's `tensors` and `state`.
@@ -178,10 +167,7 @@ class Training:
                 f"found {self.fingerprint}; choose run_dir=OTHER for others"
             )
         self.step_number = step
-        self.update.rejected = state["rejected_steps"]
-        self.policy.load_state_dict(tensors["policy"])
-        self.ema.load_state_dict(tensors["ema"])
-        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+        self.update.restore(tensors, state)
 
     @torch.no_grad()
     def held_out_errors(self) -> dict[str, float]:
@@ -502,19 +488,9 @@ def main(config: TrainConfig) -> int:
             return int(stopped.args[0])
         require_equal(config=to_yaml(config), data=buffer.fingerprint)
         share(config.batch_size)  # refused here rather than in the first step
-        with RunFolder(config.run_dir, config, may_change=MAY_CHANGE) if is_main() else nullcontext():
-            results = config.run_dir / RESULTS
-            if results.exists():
-                if is_main():
-                    print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
-                return 0
-            try:
-                run(config, buffer, device, stop)
-            except Stopped:
-                if is_main():
-                    print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
-                return stop.exit_code
-    return 0
+        return run_to_results(
+            config, lambda: run(config, buffer, device, stop), stop, results=RESULTS, may_change=MAY_CHANGE
+        )
 
 
 if __name__ == "__main__":

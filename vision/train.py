@@ -7,7 +7,6 @@ drift. Several GPUs: `torchrun --nproc-per-node=8 -m vision.train ...` shares th
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -31,20 +30,17 @@ from driftfield.normalization import sum_over_processes
 from driftfield.training import (
     EMA,
     Action,
-    RunFolder,
-    Stopped,
     StopRequest,
     Update,
     UserError,
     barrier,
     generator,
     is_main,
-    load_optimizer,
-    optimizer_state,
     process_group,
     require_equal,
     run_loop,
     run_program,
+    run_to_results,
     share,
     to_plain,
     to_yaml,
@@ -164,20 +160,14 @@ class Training:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors a resumed run needs, for a checkpoint."""
         return {
-            "model": self.generator.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_state(self.optimizer).tensors,
+            **self.update.tensors(),
             "queue": self.queue.state_dict(),
             "unconditional_queue": self.unconditional_queue.state_dict(),
         }
 
     def state(self) -> dict[str, Any]:
         """Everything else it needs; randomness is a function of (seed, step, slot) and has no state."""
-        return {
-            "data": self.real.fingerprint,
-            "rejected_steps": self.update.rejected,
-            "optimizer": optimizer_state(self.optimizer).state,
-        }
+        return {"data": self.real.fingerprint, **self.update.state()}
 
     def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Take over a checkpoint's `tensors` and `state`.
@@ -191,10 +181,7 @@ class Training:
                 f"found {self.real.fingerprint}; choose run_dir=OTHER for other data"
             )
         self.step_number = step
-        self.update.rejected = state["rejected_steps"]
-        self.generator.load_state_dict(tensors["model"])
-        self.ema.load_state_dict(tensors["ema"])
-        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+        self.update.restore(tensors, state)
         self.queue.load_state_dict(tensors["queue"])
         self.unconditional_queue.load_state_dict(tensors["unconditional_queue"])
 
@@ -515,18 +502,10 @@ def main(config: TrainConfig) -> int:
         require_equal(config=to_yaml(config), data=real.fingerprint)
         share(config.labels_per_step)  # refused here rather than in the first step
         may_change = (*MAY_CHANGE, *(["labels_at_once"] if config.statistics == "batch" else []))
-        with RunFolder(config.run_dir, config, may_change=may_change) if is_main() else nullcontext():
-            results = config.run_dir / RESULTS
-            if results.exists():
-                if is_main():
-                    print(f"{results}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
-                return 0
-            try:
-                run(config, real, tokenizer, device, stop)
-            except Stopped:
-                if is_main():
-                    print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
-                return stop.exit_code
+        if code := run_to_results(
+            config, lambda: run(config, real, tokenizer, device, stop), stop, results=RESULTS, may_change=may_change
+        ):
+            return code
         if is_main():
             names = (config.run_dir / name for name in ("samples.png", "training.gif", RESULTS))
             print("samples: {}, training: {}, figures: {}".format(*names))

@@ -24,8 +24,6 @@ from driftfield.training import (
     generator,
     is_main,
     is_same_run,
-    load_optimizer,
-    optimizer_state,
     process_group,
     require_equal,
     run_loop,
@@ -168,23 +166,16 @@ class MAETraining:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors a resumed run needs, for a checkpoint."""
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_state(self.optimizer).tensors,
-        }
+        return self.update.tensors()
 
     def state(self) -> dict[str, Any]:
         """Everything else it needs."""
-        return {"rejected_steps": self.update.rejected, "optimizer": optimizer_state(self.optimizer).state}
+        return self.update.state()
 
     def restore(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Take over a checkpoint's `tensors` and `state`."""
         self.step_number = step
-        self.update.rejected = state["rejected_steps"]
-        self.model.load_state_dict(tensors["model"])
-        self.ema.load_state_dict(tensors["ema"])
-        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+        self.update.restore(tensors, state)
 
     def read(self, visits: Tensor) -> Tensor:
         """What the encoder sees of visits `[k]`, `[k, C, H, W]` on the device."""

@@ -17,7 +17,7 @@ from driftfield.training.ema import EMA
 from driftfield.training.errors import UserError
 from driftfield.training.faults import fault_point
 from driftfield.training.interrupt import StopRequest
-from driftfield.training.loop import CHECKPOINTS, Action, Stopped, Trainable, run_loop
+from driftfield.training.loop import CHECKPOINTS, Action, Stopped, Trainable, run_loop, run_to_results
 from driftfield.training.optimizer_state import OptimizerState, load_optimizer, optimizer_state
 from driftfield.training.program import run_program
 from driftfield.training.progress import Progress
@@ -68,6 +68,7 @@ __all__ = [
     "require_equal",
     "run_loop",
     "run_program",
+    "run_to_results",
     "seed_everything",
     "share",
     "sum_gradients",

@@ -1,6 +1,7 @@
 """The loop of every training: steps, log, checkpoints; stopped at any moment, the same command goes on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from driftfield.training.distributed import any_process, barrier, is_main, requi
 from driftfield.training.faults import fault_point
 from driftfield.training.interrupt import StopRequest
 from driftfield.training.progress import Progress
+from driftfield.training.run_folder import RunFolder
 from driftfield.training.runlog import RunLog
 
 CHECKPOINTS = "checkpoints"  # folder of the checkpoints inside a run folder
@@ -119,6 +121,39 @@ def run_loop(
             for action in actions:
                 action.do()
         _steps(training, stop, name, samples, after_step)
+
+
+def run_to_results(
+    config: Any, run: Callable[[], None], stop: StopRequest, *, results: str, may_change: Collection[str]
+) -> int:
+    """Run in the run's folder until its results are there: a finished run is left alone, a stopped one says so.
+
+    Args:
+        config: of the program; its `run_dir` is the folder.
+        run: trains from the newest checkpoint to the end, and writes the results last.
+        stop: looked at by `run`.
+        results: name of the file that a finished run has.
+        may_change: dotted keys of the configuration that may differ when a run goes on.
+
+    Raises:
+        UserError: the folder can't be used, or from `run`.
+
+    Returns:
+        The program's exit code.
+    """
+    file = Path(config.run_dir) / results
+    with RunFolder(config.run_dir, config, may_change=may_change) if is_main() else nullcontext():
+        if file.exists():
+            if is_main():
+                print(f"{file}: this run is complete; for another one choose run_dir=OTHER or delete its folder")
+            return 0
+        try:
+            run()
+        except Stopped:
+            if is_main():
+                print(f"stopped and saved; the same command goes on from here ({config.run_dir})")
+            return stop.exit_code
+    return 0
 
 
 def _steps(

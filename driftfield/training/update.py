@@ -1,12 +1,16 @@
 """The update that ends a step: gradients of all processes, clipped, applied only if finite."""
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from driftfield.training.distributed import sum_gradients
 from driftfield.training.ema import EMA
 from driftfield.training.errors import UserError
+from driftfield.training.optimizer_state import load_optimizer, optimizer_state
 
 MAX_REJECTED_STEPS = 10  # in a row
 
@@ -59,3 +63,26 @@ class Update:
                 "try a lower learning_rate"
             )
         return norm
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of model, averages and optimizer, by group: what a resumed training needs of an update."""
+        return {
+            "model": self._model.state_dict(),
+            "ema": self._ema.state_dict(),
+            "optimizer": optimizer_state(self._optimizer).tensors,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What else it needs, as JSON."""
+        return {"rejected_steps": self.rejected, "optimizer": optimizer_state(self._optimizer).state}
+
+    def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take over what `tensors` and `state` gave; further entries are left alone.
+
+        Raises:
+            ValueError, RuntimeError: they are another model's.
+        """
+        self.rejected = state["rejected_steps"]
+        self._model.load_state_dict(tensors["model"])
+        self._ema.load_state_dict(tensors["ema"])
+        load_optimizer(self._optimizer, tensors["optimizer"], state["optimizer"])

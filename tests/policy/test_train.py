@@ -116,7 +116,7 @@ def test_run_leaves_the_averaged_policy_and_its_figures(finished: Path) -> None:
     weights = dict(policy.named_parameters())
     assert weights.keys() == averages.keys()
     assert all(torch.equal(weights[name], averages[name]) for name in weights)
-    assert not any(torch.equal(state["policy"][name], averages[name]) for name in weights)
+    assert not any(torch.equal(state["model"][name], averages[name]) for name in weights)
     assert policy.task == "arm_reach" and policy.task_options == {"observation": "state"}
 
 
@@ -339,7 +339,7 @@ def test_two_processes_take_the_steps_of_one_with_their_noise(held_out: float, d
     saved = read_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved is not None and saved.step == 3
     for name, weight in policy.named_parameters():
-        assert (saved.tensors["policy"][name] - weight).norm() < 0.01 * (weight - first[name]).norm(), name
+        assert (saved.tensors["model"][name] - weight).norm() < 0.01 * (weight - first[name]).norm(), name
 
 
 # ---- bad input
