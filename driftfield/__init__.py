@@ -1,9 +1,9 @@
 """One-step generative models trained by drifting (Deng et al., arXiv 2602.04770): the field and the loss."""
 
+from driftfield.drift import DriftingBatch
 from driftfield.field import drifting_field
 from driftfield.guidance import sample_guidance_scale, unconditional_weight
 from driftfield.loss import (
-    DriftingBatch,
     DriftingLoss,
     DriftingOutput,
     DriftStatistics,

@@ -8,12 +8,11 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from driftfield.checks import check_choice, check_finite, check_points, check_weight, working_dtype
-from driftfield.field import weighted_drift
-from driftfield.kernel import NormalizeOver, affinity, centre, distances
-from driftfield.normalization import count_varying, distance_sums, force_sums, sum_over_processes
+from driftfield.checks import check_choice, check_finite, check_points, check_weight
+from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
+from driftfield.kernel import NormalizeOver
+from driftfield.normalization import sum_over_processes
 
-SCALE_FLOOR = 1e-3  # the release's lower bound of the feature scale
 SQUARED_DRIFT_NORM_FLOOR = 1e-8  # the release's lower bound of λ²
 CALLER_OF_MODULE = 5  # frames from a warning in a helper of forward to who called the nn.Module
 
@@ -38,15 +37,6 @@ class DriftStatistics(NamedTuple):
     degenerate: Tensor  # [] bool
 
 
-class DriftingBatch(NamedTuple):
-    """The arguments of one call of `DriftingLoss`."""
-
-    x: Tensor  # [..., N, D]
-    positives: Tensor  # [..., P, D]
-    unconditional: Tensor | None = None  # [..., M, D]
-    unconditional_weight: Tensor | None = None  # [..., M]
-
-
 class FeatureBatch(NamedTuple):
     """The arguments of one call of `sum_over_features`, by name of the feature."""
 
@@ -54,15 +44,6 @@ class FeatureBatch(NamedTuple):
     positives: Mapping[str, Tensor]  # [B, ..., P, D] each
     unconditional: Mapping[str, Tensor] | None = None  # [B, ..., M, D] each
     unconditional_weight: Tensor | None = None  # [B, M]
-
-
-class _Pairs(NamedTuple):
-    targets: Tensor  # [x, unconditional, positives], centred, in units of `unit`  [..., N+M+P, D]
-    unit: Tensor  # [..., 1, 1]
-    distance: Tensor  # [..., N, N+M+P]
-    num_negatives: int  # N+M
-    negative_weight: Tensor | None  # [..., N+M]
-    scale_sums: Tensor  # [3], what _scale_and_degenerate needs of this process or microbatch
 
 
 class DriftingLoss(nn.Module):
@@ -111,21 +92,23 @@ class DriftingLoss(nn.Module):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        self.temperatures = tuple(temperatures)
-        if not self.temperatures or not all(temperature > 0 for temperature in self.temperatures):
-            raise ValueError(f"temperatures must be one or more numbers > 0, got {self.temperatures}")
         check_choice("recipe", recipe, Recipe)
         check_choice("normalize_over", normalize_over, NormalizeOver)
         official = recipe == "official"
-        self.normalize_features = official if normalize_features is None else normalize_features
-        self.normalize_drift = official if normalize_drift is None else normalize_drift
         floor = 1e-6 if official and normalize_over != "x" else 0.0
-        self.affinity_floor = floor if affinity_floor is None else affinity_floor
-        self.normalize_over: NormalizeOver = normalize_over
-        self.attraction = attraction
-        self.repulsion = repulsion
+        self.options = FieldOptions(
+            temperatures=tuple(temperatures),
+            normalize_features=official if normalize_features is None else normalize_features,
+            affinity_floor=floor if affinity_floor is None else affinity_floor,
+            normalize_over=normalize_over,
+            attraction=attraction,
+            repulsion=repulsion,
+        )
+        self.normalize_drift = official if normalize_drift is None else normalize_drift
         self.check_finite = check_finite
-        if not self.affinity_floor >= 0:
+        if not self.options.temperatures or not all(temperature > 0 for temperature in self.options.temperatures):
+            raise ValueError(f"temperatures must be one or more numbers > 0, got {self.options.temperatures}")
+        if not self.options.affinity_floor >= 0:
             raise ValueError(f"affinity_floor must be >= 0, got {affinity_floor}")
 
     def forward(
@@ -156,23 +139,18 @@ class DriftingLoss(nn.Module):
         """
         batch = DriftingBatch(x, positives, unconditional, unconditional_weight)
         self._check(batch)
-        if self.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
-            _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None, self.normalize_over)
+        if self.options.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
+            _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None, self.options.normalize_over)
         with torch.autocast(x.device.type, enabled=False):
-            pairs = _pairs(batch)  # frozen, and all that follows from it: only `moved` below carries a gradient
+            drift = self._drift(batch)
             if statistics is None:
-                scale, degenerate = _scale_and_degenerate(pairs.scale_sums)
-                forces = self._forces(pairs, scale)  # one [..., N, D] per temperature
-                drift_norm = _drift_norm(force_sums(forces))
+                scale, degenerate = _scale_and_degenerate(drift.scale_sums)
+                drift_norm = _drift_norm(drift.force_sums(scale))
             else:
                 scale, drift_norm, degenerate = statistics
-                forces = self._forces(pairs, scale)
             if self.check_finite:
                 check_finite(feature_scale=scale, drift_norm=drift_norm)
-            drift = self._total_drift(forces, drift_norm, degenerate)  # V  [..., N, D]
-            # Eq. 6: || x - stopgrad(x + V) ||². x - stopgrad(x) is taken first: it is 0, whatever x rounds to.
-            moved = (x - x.detach()).to(drift.dtype) / self._coordinate_scale(scale, x.shape[-1])
-            loss = (moved - drift).square().mean((-2, -1))
+            loss = drift.loss(scale, self._factor(drift_norm, degenerate))
         return DriftingOutput(loss, drift_norm, scale, degenerate)
 
     def statistics(self, microbatches: Iterable[DriftingBatch]) -> DriftStatistics:
@@ -200,63 +178,28 @@ class DriftingLoss(nn.Module):
     def _scale_sums(self, batch: DriftingBatch) -> Tensor:
         self._check(batch)
         with torch.autocast(batch.x.device.type, enabled=False):
-            return _pairs(batch).scale_sums
+            return self._drift(batch).scale_sums
 
     @torch.no_grad()
     def _force_sums(self, batch: DriftingBatch, scale: Tensor) -> Tensor:
         with torch.autocast(batch.x.device.type, enabled=False):
-            return force_sums(self._forces(_pairs(batch), scale))
+            return self._drift(batch).force_sums(scale)
 
-    def _coordinate_scale(self, scale: Tensor, dimension: int) -> Tensor:
-        # Eq. 21: features have mean distance √D
-        return (scale / dimension**0.5).clamp(min=SCALE_FLOOR) if self.normalize_features else torch.ones_like(scale)
+    def _drift(self, batch: DriftingBatch) -> Drift:
+        return EagerDrift(batch, self.options)
 
-    def _forces(self, pairs: _Pairs, scale: Tensor) -> list[Tensor]:
-        """V of every temperature before its normalisation, in normalised coordinates, `[..., N, D]` each."""
-        distance, targets = pairs.distance, pairs.targets
-        if self.normalize_features:
-            distance = distance / scale.clamp(min=SCALE_FLOOR)  # τ multiplies the mean distance (Eq. 22)
-        targets = targets * (pairs.unit / self._coordinate_scale(scale, targets.shape[-1]))
-        x = targets[..., : distance.shape[-2], :]
-        forces = []
-        for temperature in self.temperatures:
-            weights = affinity(
-                distance,
-                temperature,
-                normalize_over=self.normalize_over,
-                mask_self=True,
-                floor=self.affinity_floor,
-            )  # [..., N, N+M+P]
-            forces.append(
-                weighted_drift(
-                    weights,
-                    x,
-                    targets,
-                    pairs.num_negatives,
-                    negative_weight=pairs.negative_weight,
-                    attraction=self.attraction,
-                    repulsion=self.repulsion,
-                    cross_weights=self.normalize_over != "x",
-                )
-            )
-        return forces
-
-    def _total_drift(self, forces: list[Tensor], drift_norm: Tensor, degenerate: Tensor) -> Tensor:
-        """V = Σ_τ V_τ/λ_τ (Eq. 25-26), or Σ_τ V_τ; 0 where there is nothing but rounding to normalise."""
+    def _factor(self, drift_norm: Tensor, degenerate: Tensor) -> Tensor:
+        """1/λ of every temperature (Eq. 25), or 1; 0 where there is nothing but rounding to normalise."""
         factor = torch.ones_like(drift_norm)  # [temperatures]
         if self.normalize_drift:
             factor = 1.0 / drift_norm.clamp(min=SQUARED_DRIFT_NORM_FLOOR**0.5)
-        factor = factor.masked_fill(degenerate, 0.0)
-        drift = forces[0] * factor[0]
-        for i in range(1, len(forces)):
-            drift = torch.addcmul(drift, forces[i], factor[i])
-        return drift
+        return factor.masked_fill(degenerate, 0.0)
 
     def _check(self, batch: DriftingBatch) -> None:
         x, positives, unconditional, weight = batch
         check_points(x=x, positives=positives, **({} if unconditional is None else {"unconditional": unconditional}))
         check_weight("unconditional_weight", weight, "unconditional", unconditional)
-        if x.shape[-2] == 1 and unconditional is None and self.affinity_floor == 0 and self.repulsion != 0:
+        if x.shape[-2] == 1 and unconditional is None and self.options.affinity_floor == 0 and self.options.repulsion:
             raise ValueError("a group of one generated sample has nothing that repels it: give 2 or unconditional ones")
         if self.check_finite:
             check_finite(x=x, positives=positives, unconditional=unconditional, unconditional_weight=weight)
@@ -382,25 +325,6 @@ def _naming(feature: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"feature {feature!r}: {error}" if feature else str(error)) from error
-
-
-def _pairs(batch: DriftingBatch) -> _Pairs:
-    """Targets [x, unconditional, positives], the distance of every x to each, and the sums they contribute."""
-    x, positives, unconditional, unconditional_weight = batch
-    dtype = working_dtype(x)
-    negatives = [x] if unconditional is None else [x, unconditional]
-    centred = centre(torch.cat([*negatives, positives], -2).detach().to(dtype))
-    targets, unit = centred.points, centred.unit  # [..., N+M+P, D]
-    weight = torch.ones(targets.shape[:-1], dtype=dtype, device=x.device)  # [..., N+M+P]
-    num_samples, num_negatives = x.shape[-2], targets.shape[-2] - positives.shape[-2]
-    negative_weight = None
-    if unconditional_weight is not None:
-        given = unconditional_weight.detach().to(dtype).expand(*x.shape[:-2], num_negatives - num_samples)
-        weight = torch.cat([weight[..., :num_samples], given, weight[..., num_negatives:]], -1)
-        negative_weight = weight[..., :num_negatives]
-    distance = distances(targets[..., :num_samples, :], targets, unit)
-    scale_sums = torch.cat([distance_sums(distance, weight), count_varying(centred, x.dtype)[None]])
-    return _Pairs(targets, unit, distance, num_negatives, negative_weight, scale_sums)
 
 
 def _scale_and_degenerate(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,7 @@ def run_panel(panel: Panel, loss_fn: DriftingLoss, *, steps: int, seed: int) -> 
     of_real = [loss_fn(panel.target(BATCH, rng), panel.target(BATCH, rng)) for _ in range(50)]
     return Run(
         panel,
-        loss_fn.temperatures,
+        loss_fn.options.temperatures,
         moments,
         torch.stack([samples[moment] for moment in moments]),
         torch.stack([output.loss.detach() for output in outputs]),

@@ -96,7 +96,7 @@ class DriftingPolicy(Policy):
         return output._replace(loss=output.loss / self.horizon, drift_norm=output.drift_norm.mean(0))
 
     def _norms(self, output: DriftingOutput) -> dict[str, Tensor]:
-        pairs = zip(self.drifting_loss.temperatures, output.drift_norm.detach(), strict=True)
+        pairs = zip(self.drifting_loss.options.temperatures, output.drift_norm.detach(), strict=True)
         return {f"lambda/{temperature:g}": norm for temperature, norm in pairs}
 
 

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from driftfield.drift import SCALE_FLOOR
 from driftfield.kernel import centre, distances
-from driftfield.loss import SCALE_FLOOR
 from driftfield.training import UserError, generator, option, run_program, to_plain
 from driftfield.training.atomic_file import write_json
 from driftfield.training.device import Device, choose_device

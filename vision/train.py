@@ -317,7 +317,7 @@ class Training:
         return {
             "loss": sum_over_processes(torch.cat([output.loss for output in outputs]).sum()) / config.labels_per_step,
             "lambda": log.mean().exp(),
-            **{f"lambda/{t}": each.exp() for t, each in zip(self.loss.temperatures, log.mean(0), strict=True)},
+            **{f"lambda/{t}": each.exp() for t, each in zip(self.loss.options.temperatures, log.mean(0), strict=True)},
             **{
                 f"lambda/{family}": log[[other == family for other in families]].mean().exp()
                 for family in sorted(set(families))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from driftfield import DriftingLoss
-from driftfield.loss import SCALE_FLOOR
+from driftfield.drift import SCALE_FLOOR
 
 from . import oracle
 

@@ -170,8 +170,12 @@ def test_every_option_reaches_the_loss_and_the_headline(
     assert [panel for panel, *_ in seen] == list(toy.PANELS["fig4"])
     for _, loss_fn, steps, seed in seen:
         assert not loss_fn.normalize_drift  # the recipe of Eq. 6
-        assert (loss_fn.attraction, loss_fn.repulsion, loss_fn.normalize_over) == (1.0, 2.0, "y")
-        assert (loss_fn.affinity_floor, loss_fn.temperatures) == (1e-5, (0.1, 0.3))
+        assert (loss_fn.options.attraction, loss_fn.options.repulsion, loss_fn.options.normalize_over) == (
+            1.0,
+            2.0,
+            "y",
+        )
+        assert (loss_fn.options.affinity_floor, loss_fn.options.temperatures) == (1e-5, (0.1, 0.3))
         assert (steps, seed) == (toy.STEPS["fig4"], 7)
     assert capsys.readouterr().out.startswith(f"Fig. 4 with {options}\n")
 
