@@ -129,7 +129,10 @@ class ImageGenerator(Pretrained):
         if style is None:
             style = label.new_empty((len(label), 0))
         self._check_inputs(noise, label, guidance_scale, style)
-        condition = self.conditioning(label, guidance_scale, style)  # [B, cond]
+        return self.transform(noise, self.conditioning(label, guidance_scale, style))
+
+    def transform(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """The pass itself: images [B, C, H, W] to images [B, C, H, W] under a condition vector [B, cond]."""
         patches = self.patch_embedding(patchify(noise, self.patch_size))  # [B, N, hidden]
         patches = patches + self.position.to(patches.dtype)
         context = self.context_projection(condition)[:, None] + self.context.to(patches.dtype)  # [B, T, hidden]
