@@ -40,6 +40,9 @@ class EvaluateConfig:
     noise_seed: int = option("seed of the policy's noise", min=0)
     workers: int = option("processes that simulate; 0: this one", min=0)
     batch: int = option("episodes at once, each in an environment of its own; changes the last bits of actions", min=1)
+    ensemble: float | None = option(
+        "decay of temporal ensembling, such as 0.01: predict at every step, execute the mean of all chunks; null: none"
+    )
     device: Device = option("where the policy computes")
     latency_chunks: int = option("predictions for one robot that are timed; 0: none", min=0)
     show: int = option("successes in the video, and as many failures; 0: no video", min=0)
@@ -132,12 +135,17 @@ class _Witness(nn.Module):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.policy, self.obs_steps, self.action_steps = policy, policy.obs_steps, policy.action_steps
+        self.policy = policy
+        self.obs_steps, self.horizon, self.action_steps = policy.obs_steps, policy.horizon, policy.action_steps
         self.observation: dict[str, Tensor] = {}
 
     def predict(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
         self.observation = observation
         return self.policy.predict(observation, generators)
+
+    def predict_chunk(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        self.observation = observation
+        return self.policy.predict_chunk(observation, generators)
 
 
 def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
@@ -152,6 +160,7 @@ def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
             workers=config.workers,
             batch=config.batch,
             noise_seed=config.noise_seed,
+            ensemble=config.ensemble,
             timeout_s=config.timeout_s,
             failure_cap=config.failure_cap,
             progress=progress,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import envs
 from driftfield.training import Progress, UserError, generator
+from policy.ensembling import TemporalEnsemble
 from policy.rollout_worker import SCRIPT, CannotMake, Frames, Host, MakeEnvironment, Report, Setup
 
 MOST_FRAMES: Final = 150  # of an episode; a picture takes as long as hundreds of steps
@@ -33,13 +34,18 @@ ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "M
 
 
 class RunnablePolicy(Protocol):
-    """What can be rolled out: `obs_steps` (To), `action_steps` (Ta) and one prediction for a batch."""
+    """What can be rolled out: `obs_steps` (To), `horizon` (T), `action_steps` (Ta) and predictions for a batch."""
 
     obs_steps: int
+    horizon: int
     action_steps: int
 
     def predict(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
         """Actions to execute `[B, Ta, A]`, from the last To observations `[B, To, ...]` and one generator per row."""
+        ...
+
+    def predict_chunk(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        """The whole chunk `[B, T, A]`, its first To - 1 actions of the past; asked for where chunks are averaged."""
         ...
 
 
@@ -105,12 +111,13 @@ def rollout(
     workers: int = 0,
     batch: int = 25,
     noise_seed: int = 0,
+    ensemble: float | None = None,
     timeout_s: float = 300.0,
     failure_cap: float = 0.1,
     progress: Progress | None = None,
     make: MakeEnvironment = envs.make,
 ) -> list[Episode]:
-    """Run one episode per seed, executing Ta of every predicted chunk (receding horizon).
+    """Run one episode per seed, executing Ta of every predicted chunk (receding horizon), or averages of chunks.
 
     Args:
         policy: on its device.
@@ -120,6 +127,8 @@ def rollout(
         workers: processes that simulate; 0: this one does, which notices no environment that hangs.
         batch: episodes that run at once, each in an environment of its own; the policy always sees this many rows.
         noise_seed: chooses the policy's noise, with the episode's seed and the number of the chunk.
+        ensemble: decay of a `TemporalEnsemble`: predict at every step, and execute the mean of what all chunks say of
+            it; None executes Ta actions of each chunk.
         timeout_s: longest that a worker may take for a reset or a slice before it counts as hung.
         failure_cap: share of episodes whose environment may raise.
         progress: counts episodes as they end.
@@ -141,7 +150,8 @@ def rollout(
     with _crew(setup, min(workers, size), timeout_s) as crew:
         for first in range(0, len(seeds), size or 1):
             block = [int(seed) for seed in seeds[first : first + size]]
-            episodes += _Block(policy, crew, block, size, noise_seed, progress).run()
+            averaged = None if ensemble is None else TemporalEnsemble(ensemble)
+            episodes += _Block(policy, crew, block, size, noise_seed, averaged, progress).run()
     _refuse_many_failures(task, episodes, failure_cap)
     return episodes
 
@@ -194,6 +204,7 @@ class _Block:
         policy, crew, noise_seed, progress: as above.
         seeds: of the episodes.
         size: rows of a batch; where there are fewer seeds the last one fills it up.
+        ensemble: of these episodes, empty; None where chunks are not averaged.
     """
 
     def __init__(
@@ -203,12 +214,13 @@ class _Block:
         seeds: Sequence[int],
         size: int,
         noise_seed: int,
+        ensemble: TemporalEnsemble | None,
         progress: Progress | None,
     ) -> None:
         self._policy, self._crew, self._seeds, self._noise_seed = policy, crew, seeds, noise_seed
         self._rows = [min(row, len(seeds) - 1) for row in range(size)]  # the episode that each row of the batch shows
         self._device = _device_of(policy)
-        self._progress = progress
+        self._ensemble, self._progress = ensemble, progress
         self._latencies: list[list[float]] = [[] for _ in seeds]
         self._actions: list[list[np.ndarray]] = [[] for _ in seeds]
 
@@ -234,12 +246,15 @@ class _Block:
             generator(self._noise_seed, "rollout", self._seeds[row], chunk, device=self._device) for row in self._rows
         ]
         start = time.perf_counter()
+        whole, policy = self._ensemble is not None, self._policy
         with torch.no_grad():
-            actions = self._policy.predict(observation, draws)
-        _check_actions(
-            actions, (len(self._rows), self._policy.action_steps, *reports[0].action_shape), self._device, live
-        )
+            actions = (policy.predict_chunk if whole else policy.predict)(observation, draws)
+        steps = policy.horizon if whole else policy.action_steps
+        _check_actions(actions, (len(self._rows), steps, *reports[0].action_shape), self._device, live)
         array = actions.cpu().numpy()  # waits for the device
+        if self._ensemble is not None:
+            self._ensemble.add(np.nan_to_num(array[:, policy.obs_steps - 1 :]))  # NaN: of finished rows alone
+            array = self._ensemble.action().astype(np.float32)[:, None]  # [B, 1, A]
         return array, time.perf_counter() - start
 
     def _observation(self, reports: Sequence[Report], live: Sequence[int]) -> dict[str, Tensor]:

@@ -35,11 +35,21 @@ class RoundTheObstacle(nn.Module):
     def __init__(self, *, clearance_m: float = 0.13, spoil: bool = False) -> None:
         super().__init__()
         self.clearance_m, self.spoil = clearance_m, spoil
+        self.chunks = 0  # asked of predict_chunk
 
     def predict(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
-        rows = zip(observation["state"][:, -1].double().numpy(), generators, strict=True)
-        actions = torch.stack([self._plan(row, draw) for row, draw in rows])
+        actions = self._plans(observation["state"][:, -1], generators)
         return actions / 0 if self.spoil else actions
+
+    def predict_chunk(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        self.chunks += 1
+        plans = self._plans(observation["state"][:, -1], [torch.Generator() for _ in generators])  # all on one side
+        past = observation["state"][:, :1, 3:5]
+        return torch.cat([past, plans, plans[:, -1:].expand(-1, 7, -1)], 1)
+
+    def _plans(self, states: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        rows = zip(states.double().numpy(), generators, strict=True)
+        return torch.stack([self._plan(row, draw) for row, draw in rows])
 
     def _plan(self, state: np.ndarray, draw: torch.Generator) -> Tensor:
         tip, target, obstacle = state[3:5].copy(), state[5:7], state[7:9]
@@ -109,6 +119,20 @@ def test_every_episode_is_logged_with_figures_versions_and_command(
     assert "| model | 1.00 (5/5) | [0.57, 1.00] |" in shown
     assert "success: max 1.000, last10 0.500" in shown
     assert "latency of a chunk: p50" in shown
+
+
+def test_chunks_are_averaged_on_request(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RoundTheObstacle()
+    monkeypatch.setattr(program, "load_policy", lambda path: policy)
+    small = (f"run_dir={run_folder}", "episodes=3", "batch=3", "workers=0", "show=0", "latency_chunks=0")
+    assert run(*small, "ensemble=0.01") == 0
+    log = read_log(run_folder)
+    (evaluation,) = log["evaluations"]
+    assert log["config"]["ensemble"] == 0.01 and evaluation["summary"]["success"] == 1.0
+    assert policy.chunks == max(episode["steps"] for episode in evaluation["episodes"])
+    assert run(*small) == 0
+    assert read_log(run_folder)["config"]["ensemble"] is None
+    assert policy.chunks == max(episode["steps"] for episode in evaluation["episodes"])  # asked no more
 
 
 def can_draw() -> bool:
@@ -195,6 +219,7 @@ def test_environments_that_raise_too_often_end_the_evaluation_after_its_log(
         (("run_dir={folder}", "snapshots=3"), "snapshots: expected at most the 2 in"),
         (("run_dir={folder}/model", "snapshots=1"), "snapshots: expected 0 for the folder of a single policy"),
         (("run_dir={folder}", "episodes=0"), "episodes: expected an integer >= 1, found 0"),
+        (("run_dir={folder}", "ensemble=slow"), "ensemble: expected a number, found 'slow'"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(

@@ -39,6 +39,20 @@ class StubPolicy:
         return torch.tanh(noise - 0.3 * state[:, -1:, :2] + 0.01 * state.mean() + 0.01 * state[:, :1, :2])
 
 
+class Whole(StubPolicy):
+    """Whole chunks, the first action of the past; what it said is kept by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: list[Tensor] = []
+
+    def predict_chunk(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        self.seen.append(observation["state"].clone())
+        noise = torch.stack([torch.rand(self.horizon, 2, generator=draw) for draw in generators])
+        self.chunks.append(noise - 0.5 + 0.01 * observation["state"][:, -1:, :2])
+        return self.chunks[-1]
+
+
 class Broken(StubPolicy):
     def __init__(self, spoil: Any) -> None:
         super().__init__()
@@ -106,6 +120,41 @@ def test_an_episode_that_cannot_get_better_ends_with_the_figures_of_the_whole_on
         assert steps >= 30
         assert (episode.score, episode.success, episode.phases) == (info["score"], info["success"], info["phases"])
         assert (episode.score, episode.success, episode.phases) == (1.0, True, 2)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_with_an_ensemble_every_action_is_the_mean_of_what_all_chunks_say_of_its_step(decay: float) -> None:
+    policy = Whole()
+    episodes = run(SEEDS[:2], policy=policy, batch=2, ensemble=decay)  # 12 and 13 steps: the first ends before
+    assert [episode.steps for episode in episodes] == [12, 13] and len(policy.chunks) == 13
+    assert [seen[1, :, 2].tolist() for seen in policy.seen[:3]] == [[0, 0], [0, 1], [1, 2]]  # a prediction a step
+    for row, episode in enumerate(episodes):
+        for step in range(episode.steps):
+            made = range(max(0, step - 4), step + 1)  # a chunk reaches 5 steps: 6 less one of the past
+            weights = [np.exp(-decay * age) for age in range(len(made))]  # the oldest weighs most
+            said = [policy.chunks[m][row, 1 + step - m].double().numpy() for m in made]
+            mean = sum(w * each for w, each in zip(weights, said, strict=True)) / sum(weights)
+            np.testing.assert_allclose(episode.actions[step], mean, rtol=1e-5, atol=1e-7)
+
+
+def test_an_ensemble_begins_anew_in_every_block_and_depends_on_no_worker() -> None:
+    alone = run(SEEDS[2:4], policy=Whole(), batch=2, ensemble=0.1)
+    assert numbers(run(SEEDS[:4], policy=Whole(), batch=2, ensemble=0.1))[2:] == numbers(alone)
+    assert numbers(run(SEEDS[2:4], policy=Whole(), batch=2, ensemble=0.1, workers=2)) == numbers(alone)
+
+
+def test_an_ensemble_leaves_what_finished_rows_say_alone_and_refuses_nan_of_the_others() -> None:
+    class Spoiled(Whole):
+        def predict_chunk(self, observation: dict[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+            chunk = super().predict_chunk(observation, generators)
+            chunk[row, 2:] = torch.nan if len(self.chunks) == 13 else chunk[row, 2:]
+            return chunk
+
+    row = 0  # ended after 12 steps
+    assert [episode.steps for episode in run(SEEDS[:2], policy=Spoiled(), batch=2, ensemble=0.0)] == [12, 13]
+    row = 1
+    with pytest.raises(PolicyError, match="expected finite actions, found nan at row 1, step 2, entry 0"):
+        run(SEEDS[:2], policy=Spoiled(), batch=2, ensemble=0.0)
 
 
 @pytest.mark.parametrize("short", ["score", "phases"])
