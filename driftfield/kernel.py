@@ -34,9 +34,26 @@ def centre(points: Tensor) -> CentredPoints:
     >>> centre(torch.tensor([[100.0], [101.0]])).points.flatten().tolist()
     [-0.5, 0.5]
     """
-    lowest, highest = points.amin(-2, keepdim=True), points.amax(-2, keepdim=True)
+    mean = points.mean(-2, keepdim=True)
+    return centre_at(points, mean, points.amin(-2, keepdim=True), points.amax(-2, keepdim=True))
+
+
+def centre_at(points: Tensor, mean: Tensor, lowest: Tensor, highest: Tensor) -> CentredPoints:
+    """As `centre`, for points that are a part of their group.
+
+    Args:
+        points: `[..., K, D]`, float32 or float64.
+        mean, lowest, highest: of each coordinate over the whole group, `[..., 1, D]`.
+
+    Returns:
+        The same points as `CentredPoints`.
+
+    >>> whole = torch.tensor([[100.0], [101.0]])
+    >>> centre_at(whole[1:], whole.mean(0, keepdim=True), whole[:1], whole[1:]).points.item()
+    0.5
+    """
     # Rounding may put the mean of equal points beside them; between the bounds it is they, and they become exactly 0.
-    mean = points.mean(-2, keepdim=True).clamp(lowest, highest)
+    mean = mean.clamp(lowest, highest)
     extent = (highest - lowest).amax(-1, keepdim=True)
     unit = torch.exp2(torch.ceil(torch.log2(extent.clamp(min=1.0))))
     return CentredPoints((points - mean).div_(unit), unit, lowest, highest)
