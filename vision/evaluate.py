@@ -1,7 +1,8 @@
 """Judge one-step samples of a run at several guidance scales: `python -m vision.evaluate`.
 
-Everything is measured in the features of a classifier that no training saw, against the real test images; real
-training images judged likewise are the floor. Writes `evaluation.json` and `guidance.png` into the run's folder.
+Everything is measured in the features of a classifier that no training saw, coverage in raw pixels too, against the
+real test images; real training images judged likewise are the floor. Writes `evaluation.json` and `guidance.png` into
+the run's folder.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,12 @@ from vision.config import CONFIG_DIR, JudgeConfig, TrainConfig
 from vision.data import ImageSet, Split, load, to_float, to_uint8
 from vision.generator import ImageGenerator
 from vision.judge import SETTINGS, Judge, load_or_train
-from vision.metrics import EvaluationResult, evaluate_features
+from vision.metrics import Coverage, EvaluationResult, balanced_subset, evaluate_features
 from vision.sample import sample
 
+FLOOR_DRAWS: Final = 5  # subsets of real training images whose mean is the floor in pixels
 MODEL: Final = "model"  # folder of the finished generator inside its run folder
+EVALUATION: Final = "evaluation.json"  # file of these figures there
 SNAPSHOTS: Final = "snapshots"  # folder inside a run: models through training, named by generated images seen
 
 
@@ -52,6 +55,9 @@ class Judgement:
         self.real = real
         self._train = self._features(to_float(real.images))
         self._reference = self._features(to_float(held_out.images))
+        self._device = device
+        self._pixel_coverage = Coverage(self._pixels(to_float(held_out.images)))
+        self._real_pixel_coverage: dict[int, float] = {}  # by number of images
 
     def evaluate(
         self, model: ImageGenerator, *, num: int, guidance_scale: float = 1.0, seed: int = 0
@@ -68,10 +74,24 @@ class Judgement:
             reference=self._reference,
             feature_space=self.judge.name,
             judge_accuracy=self.judge.test_accuracy,
+            coverage_pixels=self._pixel_coverage(self._pixels(images)),
+            coverage_pixels_real=self._coverage_by_real(num),
         )
+
+    def _coverage_by_real(self, num: int) -> float:
+        """Coverage in pixels by as many real training images, or as many as there are, as the mean of several draws."""
+        if num not in self._real_pixel_coverage:
+            draws = [balanced_subset(self.real.labels, num, seed=0, draw=draw) for draw in range(FLOOR_DRAWS)]
+            covered = [self._pixel_coverage(self._pixels(to_float(self.real.images[draw]))) for draw in draws]
+            self._real_pixel_coverage[num] = sum(covered) / FLOOR_DRAWS
+        return self._real_pixel_coverage[num]
 
     def _features(self, images: Tensor) -> Tensor:
         return self.judge.features(images).cpu()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Images as vectors `[n, C * H * W]`, on the device: they are long enough for it to matter."""
+        return images.flatten(1).to(self._device)
 
 
 def load_judge(config: JudgeConfig, real: ImageSet, held_out: ImageSet, device: torch.device) -> Judge:
@@ -89,18 +109,18 @@ def table(rows: Mapping[float, EvaluationResult]) -> str:
         rows: guidance scale to figures.
     """
     lines = [
-        "| α | agreement | worst class | Fréchet | precision | recall | coverage |",
-        "|---|---|---|---|---|---|---|",
+        "| α | agreement | worst class | Fréchet | precision | recall | coverage | in pixels |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for alpha, row in rows.items():
         lines.append(
             f"| {alpha:g} | {row.agreement:.3f} | {worst_class(row):.3f} | {row.frechet:.2f} | {row.precision:.3f} "
-            f"| {row.recall:.3f} | {row.coverage:.3f} |"
+            f"| {row.recall:.3f} | {row.coverage:.3f} | {row.coverage_pixels:.3f} |"
         )
     real = next(iter(rows.values()))
     lines.append(
         f"| {real.n_floor} real | {real.judge_accuracy:.3f} (test) | | {real.frechet_floor:.2f} | | "
-        f"| {real.coverage_real:.3f} |"
+        f"| {real.coverage_real:.3f} | {real.coverage_pixels_real:.3f} |"
     )
     return "\n".join(lines)
 
@@ -125,14 +145,14 @@ def main(config: EvaluateConfig) -> int:
         for alpha in config.guidance_scales
     }
     write_json(
-        config.run_dir / "evaluation.json",
+        config.run_dir / EVALUATION,
         [{"guidance_scale": alpha, "seed": config.seed, **row._asdict()} for alpha, row in rows.items()],
     )
     _plot(rows, config.run_dir / "guidance.png")
     first = next(iter(rows.values()))
     print(
         f"{first.n_generated} samples per row against {first.n_reference} real test images, in {first.feature_space}\n"
-        f"{table(rows)}\nwritten: {config.run_dir / 'evaluation.json'}, {config.run_dir / 'guidance.png'}"
+        f"{table(rows)}\nwritten: {config.run_dir / EVALUATION}, {config.run_dir / 'guidance.png'}"
     )
     return 0
 

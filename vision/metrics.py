@@ -57,6 +57,8 @@ class EvaluationResult(NamedTuple):
     recall: float
     coverage: float
     coverage_real: float
+    coverage_pixels: float
+    coverage_pixels_real: float
     agreement: float
     agreement_per_class: tuple[float | None, ...]
     n_generated: int
@@ -158,9 +160,33 @@ def coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> float:
     >>> coverage(line, torch.tensor([[0.0], [0.5]]), k=1)
     0.25
     """
-    real, generated = _checked("real features", real, at_least=k + 1), _checked("generated features", generated)
-    _check_dimensions(real, generated)
-    return _share(_nearest(real, generated) <= _radii(real, k))
+    return Coverage(real, k=k)(generated)
+
+
+class Coverage:
+    """`coverage` of the same real features by one generated set after another: their balls are computed once.
+
+    Args:
+        real: `[n, F]`.
+        k: which neighbour sets the radius.
+
+    Raises:
+        ValueError: as `coverage` does.
+
+    >>> covered = Coverage(torch.arange(8.0).unsqueeze(1), k=1)
+    >>> covered(torch.tensor([[0.0]])), covered(torch.tensor([[3.5], [6.5]]))
+    (0.25, 0.5)
+    """
+
+    def __init__(self, real: Tensor, *, k: int = 5) -> None:
+        self._real = _checked("real features", real, at_least=k + 1)
+        self._radii = _radii(self._real, k)
+
+    def __call__(self, generated: Tensor) -> float:
+        """Share of the real features whose ball holds at least one of `[m, F]`."""
+        generated = _checked("generated features", generated)
+        _check_dimensions(self._real, generated)
+        return _share(_nearest(self._real, generated) <= self._radii)
 
 
 def agreement(logits: Tensor, labels: Tensor) -> Agreement:
@@ -246,9 +272,10 @@ def real_floor(
     if len(train) != len(train_labels):
         raise ValueError(f"train_labels must be [{len(train)}], one for each row of train, found [{len(train_labels)}]")
     subsets = [balanced_subset(train_labels, n, seed=seed, draw=draw).to(train.device) for draw in range(draws)]
+    covered = Coverage(reference, k=k)
     return Floor(
         frechet=sum(frechet_distance(train[subset], reference) for subset in subsets) / draws,
-        coverage=sum(coverage(reference, train[subset], k=k) for subset in subsets) / draws,
+        coverage=sum(covered(train[subset]) for subset in subsets) / draws,
         n=len(subsets[0]),
     )
 
@@ -263,6 +290,8 @@ def evaluate_features(
     reference: Tensor,
     feature_space: str,
     judge_accuracy: float,
+    coverage_pixels: float,
+    coverage_pixels_real: float,
     seed: int = 0,
 ) -> EvaluationResult:
     """Every figure of a report, from features in one space.
@@ -276,6 +305,8 @@ def evaluate_features(
         reference: features `[r, F]` of the real images everything is compared with, the test split.
         feature_space: name of the space, printed beside every figure.
         judge_accuracy: share of the reference that the judge classifies rightly.
+        coverage_pixels: coverage (k = 5) in raw pixels, which no judge can be wrong about.
+        coverage_pixels_real: that of as many real training images.
         seed: of the draws of `real_floor`.
 
     Raises:
@@ -294,6 +325,8 @@ def evaluate_features(
         recall=near.recall,
         coverage=coverage(reference, generated),
         coverage_real=floor.coverage,
+        coverage_pixels=coverage_pixels,
+        coverage_pixels_real=coverage_pixels_real,
         agreement=agreed.total,
         agreement_per_class=agreed.per_class,
         n_generated=len(generated),

@@ -81,6 +81,7 @@ def test_real_training_digits_are_as_close_to_the_test_split_as_it_is_to_itself(
     half = torch.arange(500) % 2 == 0
     seen, unseen = (digits_judge.features(to_float(split.images)) for split in (train, test))
     judged = {"reference": unseen[half], "train": seen, "train_labels": train.labels, "feature_space": "digits"}
+    judged |= {"coverage_pixels": 1.0, "coverage_pixels_real": 1.0}
     logits = digits_judge.logits(to_float(test.images))[~half]
     result = evaluate_features(unseen[~half], logits, test.labels[~half], judge_accuracy=1.0, **judged)  # type: ignore[arg-type]
     assert result.n_generated == result.n_floor == 250

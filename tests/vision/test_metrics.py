@@ -272,6 +272,8 @@ def test_samples_from_the_datas_own_distribution_reach_the_floor_and_bad_ones_do
             reference=reference,
             feature_space="toy",
             judge_accuracy=0.99,
+            coverage_pixels=0.5,
+            coverage_pixels_real=0.75,
         )
 
     good = report(fresh)
@@ -281,6 +283,7 @@ def test_samples_from_the_datas_own_distribution_reach_the_floor_and_bad_ones_do
     assert len(good.agreement_per_class) == 4
     assert (good.n_generated, good.n_floor, good.n_reference) == (600, 600, 400)
     assert (good.feature_space, good.judge_accuracy) == ("toy", 0.99)
+    assert (good.coverage_pixels, good.coverage_pixels_real) == (0.5, 0.75)
 
     narrow = report(fresh + 0.7 * (4 * torch.eye(8).double()[asked] - fresh))  # each class shrunk to its middle
     assert narrow.frechet > 5 * good.frechet and narrow.recall < 0.1 * good.recall
