@@ -74,6 +74,7 @@ def trained_mae(
     identity = {"encoder": to_plain(config), "data": real.fingerprint}
     may_change = (
         "encoder.run_dir",
+        "encoder.features",  # which of its features are used, not what it learns
         "encoder.microbatch",
         "encoder.log_every_images",
         "encoder.checkpoint_every_images",
