@@ -1,6 +1,7 @@
 """What every test gets: no network, the same random numbers each time, and torch's defaults back afterwards."""
 
 import ipaddress
+import os
 import random
 import socket
 import sys
@@ -10,6 +11,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# Triton looks at this when a module with kernels is imported, which doctests do before any test's own folder is read.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("driftfield", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("driftfield")
