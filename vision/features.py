@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-VARIANCE_FLOOR = 1e-6  # inside each square root: its gradient stays finite where a map is constant
+from driftfield.fused.patch_moments import VARIANCE_FLOOR, Moments, patch_moments
+
 FAMILIES: Final = "abcd"  # A.5's names: locations, whole-map moments, 2x2 patches, 4x4 patches
 PATCH_SIZES: Final = {"c": 2, "d": 4}
 
@@ -19,13 +19,6 @@ class Encoder(Protocol):
     def features(self, images: Tensor, *, families: str = FAMILIES) -> dict[str, Tensor]:
         """Features [B, L, C] of images [B, channels, H, W], those of the families the encoder knows."""
         ...
-
-
-class Moments(NamedTuple):
-    """Mean and population variance of each patch of a map, [B, C, h, w] both."""
-
-    mean: Tensor
-    variance: Tensor
 
 
 def image_features(images: Tensor, encoder: Encoder | None = None, *, families: str = FAMILIES) -> dict[str, Tensor]:
@@ -147,19 +140,14 @@ def group_by_label(features: Mapping[str, Tensor], num_labels: int) -> dict[str,
 
 
 def _features_of_map(name: str, feature_map: Tensor, families: str) -> dict[str, Tensor]:
-    features = {name: _as_vectors(feature_map)} if "a" in families else {}
-    height, width = feature_map.shape[2:]
-    mean = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
-    variance: Tensor | None = None  # patches of one pixel have none
-    size = 1
-    for family in _tiling(families, height, width):
-        patch_size = PATCH_SIZES[family]
-        mean, variance = moments = _coarser(mean, variance, (patch_size // size, patch_size // size))
-        features |= _named(name, moments, f"_{patch_size}")
-        size = patch_size
-    if "b" in families:
-        features |= _named(name, _coarser(mean, variance, (height // size, width // size)), "")
-    return features
+    features = {name: feature_map.flatten(2).transpose(1, 2)} if "a" in families else {}  # [B, H * W, C]
+    sizes = [PATCH_SIZES[family] for family in _tiling(families, *feature_map.shape[2:])]
+    if not sizes and "b" not in families:
+        return features
+    moments = patch_moments(feature_map, sizes)
+    for size, patches in zip(sizes, moments.patches, strict=True):
+        features |= _named(name, patches, f"_{size}")
+    return features | (_named(name, moments.whole, "") if "b" in families else {})
 
 
 def _tiling(families: str, height: int, width: int) -> Iterable[str]:
@@ -171,23 +159,5 @@ def _tiling(families: str, height: int, width: int) -> Iterable[str]:
     )
 
 
-def _coarser(mean: Tensor, variance: Tensor | None, size: tuple[int, int]) -> Moments:
-    """Moments of patches of `size` patches: variance = variance of the means + mean of the variances.
-
-    So the full map is read once, for the smallest patches; and the spread is measured from the patch's own mean, since
-    the difference E[x^2] - E[x]^2 would drown a small one in rounding.
-    """
-    coarse = F.avg_pool2d(mean, size)
-    spread = (mean - F.interpolate(coarse, size=mean.shape[2:])).square()
-    return Moments(coarse, F.avg_pool2d(spread if variance is None else spread + variance, size))
-
-
 def _named(name: str, moments: Moments, suffix: str) -> dict[str, Tensor]:
-    return {
-        f"{name}_mean{suffix}": _as_vectors(moments.mean),
-        f"{name}_std{suffix}": _as_vectors((moments.variance + VARIANCE_FLOOR).sqrt()),
-    }
-
-
-def _as_vectors(feature_map: Tensor) -> Tensor:
-    return feature_map.flatten(2).transpose(1, 2)  # [B, H * W, C]
+    return {f"{name}_mean{suffix}": moments.mean, f"{name}_std{suffix}": moments.std}
