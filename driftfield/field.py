@@ -3,50 +3,10 @@
 import torch
 from torch import Tensor
 
-from driftfield.checks import check_choice, check_points, check_weight, working_dtype
-from driftfield.kernel import NormalizeOver, affinity, centre, distances
-
-
-def weighted_drift(
-    affinity: Tensor,
-    x: Tensor,
-    targets: Tensor,
-    num_negatives: int,
-    *,
-    negative_weight: Tensor | None = None,
-    attraction: float = 1.0,
-    repulsion: float = 1.0,
-    cross_weights: bool = True,
-) -> Tensor:
-    """V = W+ y+ - W- y-, every target taken relative to x (Eq. 10-11, Alg. 2).
-
-    Args:
-        affinity: A, `[..., N, T]`.
-        x: `[..., N, D]`.
-        targets: `[..., T, D]`, the negatives first.
-        num_negatives: M, how many of the T targets repel.
-        negative_weight: `[..., M]`; 1 if absent.
-        attraction, repulsion: factors on V+ and V- (Table 1).
-        cross_weights: multiply the affinity to each side by the sum of that to the other (Eq. 11).
-
-    Returns:
-        V, `[..., N, D]`.
-
-    >>> x, targets = torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]])
-    >>> weighted_drift(torch.tensor([[0.5, 0.5]]), x, targets, 1).item()
-    0.5
-    """
-    negative, positive = affinity[..., :num_negatives], affinity[..., num_negatives:]
-    if negative_weight is not None:  # after the normalisation, so that it acts linearly and 0 removes a sample
-        negative = negative * negative_weight[..., None, :]
-    if cross_weights:
-        attract = positive * (attraction * negative.sum(-1, keepdim=True))  # W+ = A+ ΣA-  [..., N, P]
-        repel = negative * (-repulsion * positive.sum(-1, keepdim=True))  # -W- = -A- ΣA+  [..., N, M]
-    else:
-        attract, repel = positive * attraction, negative * -repulsion
-    coefficient = torch.cat([repel, attract], -1)  # [..., N, T]
-    # Σ coefficient (y - x), without an intermediate of that size
-    return torch.addcmul(coefficient @ targets, coefficient.sum(-1, keepdim=True), x, value=-1.0)
+from driftfield.checks import check_points, check_weight, working_dtype
+from driftfield.drift import SINKHORN_ITERATIONS, Field, FieldOptions, check_options, compute_forces
+from driftfield.kernel import SQUARED_DISTANCE_FLOOR, NormalizeOver, centre, distances
+from driftfield.sinkhorn import SecondBatch
 
 
 def drifting_field(
@@ -61,6 +21,10 @@ def drifting_field(
     affinity_floor: float = 0.0,
     attraction: float = 1.0,
     repulsion: float = 1.0,
+    field: Field = "drifting",
+    bias_correction: bool = False,
+    sinkhorn_iterations: int = SINKHORN_ITERATIONS,
+    second_batch: SecondBatch = "self",
 ) -> Tensor:
     """The drifting field V of Alg. 2 at every x: towards the positives, away from the negatives (Eq. 8-12).
 
@@ -85,6 +49,17 @@ def drifting_field(
             positives in its share.
         affinity_floor: lower bound of the squared affinity; the release's loss has 1e-6.
         attraction, repulsion: factors on V+ and V- (Table 1).
+        field: "drifting" is the paper's. "sinkhorn" (arXiv 2603.12366, 2605.11755): the barycentre of the positives
+            under the entropic coupling with x, minus that of the negatives, both couplings with equal masses at every
+            x, and on the targets (`negative_weight` for the negatives); then V = 0 means equal distributions, and small
+            τ pairs x with positives one to one. "mmd": the direction in which the squared maximum mean discrepancy
+            falls (C.2), with means in which `negative_weight` are the masses.
+        bias_correction: removes the leading term of the bias that softmax weights of few samples bring to either
+            centroid (arXiv 2604.27239); for negatives of two distributions, as under guidance, only in part.
+        sinkhorn_iterations: of each coupling; none leaves softmaxes over targets.
+        second_batch: of `field="sinkhorn"`. "self": x is coupled with all negatives. "halves": `negatives[..., :N, :]`
+            is x itself, and each half of x is a batch of its own, coupled with the positives, and with the other half
+            in place of itself, which is independent of it (2605.11755).
 
     Raises:
         TypeError: a dtype is not floating, or dtypes differ.
@@ -104,12 +79,23 @@ def drifting_field(
     num_samples, num_negatives = x.shape[-2], negatives.shape[-2]
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if not affinity_floor >= 0:
-        raise ValueError(f"affinity_floor must be >= 0, got {affinity_floor}")
-    check_choice("normalize_over", normalize_over, NormalizeOver)
-    if mask_self and num_negatives < num_samples:
+    options = FieldOptions(
+        temperatures=(temperature,),
+        normalize_features=False,
+        affinity_floor=affinity_floor,
+        normalize_over=normalize_over,
+        attraction=attraction,
+        repulsion=repulsion,
+        field=field,
+        bias_correction=bias_correction,
+        sinkhorn_iterations=sinkhorn_iterations,
+        second_batch=second_batch,
+    )
+    check_options(options)
+    expects_x = "mask_self" if mask_self else "second_batch='halves'" if second_batch == "halves" else None
+    if expects_x and num_negatives < num_samples:
         raise ValueError(
-            f"mask_self expects x among the negatives: at least {num_samples} negatives, got {num_negatives}"
+            f"{expects_x} expects x among the negatives: at least {num_samples} negatives, got {num_negatives}"
         )
     if mask_self and num_negatives == 1 and affinity_floor == 0 and repulsion != 0:
         raise ValueError("mask_self leaves no negative: with one sample give another negative, or an affinity_floor")
@@ -117,21 +103,14 @@ def drifting_field(
     with torch.autocast(x.device.type, enabled=False):
         points, unit, *_ = centre(torch.cat([x, negatives, positives], -2).detach().to(dtype))
         x_centred, targets = points[..., :num_samples, :], points[..., num_samples:, :]
-        weights = affinity(
+        (drift,) = compute_forces(
             distances(x_centred, targets, unit),
-            temperature,
-            normalize_over=normalize_over,
-            mask_self=mask_self,
-            floor=affinity_floor,
-        )  # [..., N, M+P]
-        drift = weighted_drift(
-            weights,
             x_centred,
             targets,
             num_negatives,
+            options,
+            least_distance=SQUARED_DISTANCE_FLOOR**0.5,
             negative_weight=None if negative_weight is None else negative_weight.detach().to(dtype),
-            attraction=attraction,
-            repulsion=repulsion,
-            cross_weights=normalize_over != "x",
+            mask_self=mask_self,
         )
         return (drift * unit).to(x.dtype)

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from driftfield.checks import check_choice, check_finite, check_points, check_weight
-from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
+from driftfield.drift import (
+    SINKHORN_ITERATIONS,
+    Drift,
+    DriftingBatch,
+    EagerDrift,
+    Field,
+    FieldOptions,
+    check_options,
+)
 from driftfield.kernel import NormalizeOver
 from driftfield.normalization import sum_over_processes
+from driftfield.sinkhorn import SecondBatch
 
 SQUARED_DRIFT_NORM_FLOOR = 1e-8  # the release's lower bound of λ²
 CALLER_OF_MODULE = 5  # frames from a warning in a helper of forward to who called the nn.Module
@@ -64,14 +73,16 @@ class DriftingLoss(nn.Module):
         recipe: names the defaults of the three options below.
         normalize_features: divide features by their scale (Eq. 21). official: True; paper: False.
         normalize_drift: divide the drift of each τ by its norm λ (Eq. 25). official: True; paper: False.
-        affinity_floor: lower bound of the squared affinity. official: 1e-6, but 0 with "x"; paper: 0.
+        affinity_floor: lower bound of the squared affinity. official: 1e-6, but 0 with "x" and for other fields than
+            "drifting"; paper: 0.
         normalize_over: "xy", "y" or "none" (Table 11), or "x", see `drifting_field`: with one positive per group, "x"
             and `repulsion=0` keep the modes that the others average.
         attraction, repulsion: factors on V+ and V- (Table 1).
+        field, bias_correction, sinkhorn_iterations, second_batch: beyond the paper, see `drifting_field`.
         check_finite: refuse NaN and infinity in any argument; waits for the device at every call.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or without meaning for the chosen field.
 
     >>> x = torch.randn(10, 64, 32, requires_grad=True)  # 10 groups of 64 generated samples
     >>> output = DriftingLoss()(x, torch.randn(10, 64, 32))
@@ -89,13 +100,16 @@ class DriftingLoss(nn.Module):
         normalize_over: NormalizeOver = "xy",
         attraction: float = 1.0,
         repulsion: float = 1.0,
+        field: Field = "drifting",
+        bias_correction: bool = False,
+        sinkhorn_iterations: int = SINKHORN_ITERATIONS,
+        second_batch: SecondBatch = "self",
         check_finite: bool = False,
     ) -> None:
         super().__init__()
         check_choice("recipe", recipe, Recipe)
-        check_choice("normalize_over", normalize_over, NormalizeOver)
         official = recipe == "official"
-        floor = 1e-6 if official and normalize_over != "x" else 0.0
+        floor = 1e-6 if official and normalize_over != "x" and field == "drifting" else 0.0
         self.options = FieldOptions(
             temperatures=tuple(temperatures),
             normalize_features=official if normalize_features is None else normalize_features,
@@ -103,13 +117,14 @@ class DriftingLoss(nn.Module):
             normalize_over=normalize_over,
             attraction=attraction,
             repulsion=repulsion,
+            field=field,
+            bias_correction=bias_correction,
+            sinkhorn_iterations=sinkhorn_iterations,
+            second_batch=second_batch,
         )
+        check_options(self.options)
         self.normalize_drift = official if normalize_drift is None else normalize_drift
         self.check_finite = check_finite
-        if not self.options.temperatures or not all(temperature > 0 for temperature in self.options.temperatures):
-            raise ValueError(f"temperatures must be one or more numbers > 0, got {self.options.temperatures}")
-        if not self.options.affinity_floor >= 0:
-            raise ValueError(f"affinity_floor must be >= 0, got {affinity_floor}")
 
     def forward(
         self,
@@ -119,6 +134,7 @@ class DriftingLoss(nn.Module):
         unconditional_weight: Tensor | None = None,
         *,
         statistics: DriftStatistics | None = None,
+        temperature_factor: float = 1.0,
     ) -> DriftingOutput:
         """Loss per group; gradients flow to `x` alone.
 
@@ -128,6 +144,7 @@ class DriftingLoss(nn.Module):
             unconditional: `[..., M, D]` real samples of any class, which repel (A.7).
             unconditional_weight: `[..., M]`, see `driftfield.unconditional_weight`; 1 if absent.
             statistics: batch-wide scalars to use instead of this call's own.
+            temperature_factor: multiplies every τ of this call, > 0, so that training can anneal them.
 
         Raises:
             TypeError: not floating-point tensors of one dtype.
@@ -142,7 +159,7 @@ class DriftingLoss(nn.Module):
         if self.options.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
             _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None, self.options.normalize_over)
         with torch.autocast(x.device.type, enabled=False):
-            drift = self._drift(batch)
+            drift = self._drift(batch, temperature_factor)
             if statistics is None:
                 scale, degenerate = _scale_and_degenerate(drift.scale_sums)
                 drift_norm = _drift_norm(drift.force_sums(scale))
@@ -153,12 +170,13 @@ class DriftingLoss(nn.Module):
             loss = drift.loss(scale, self._factor(drift_norm, degenerate))
         return DriftingOutput(loss, drift_norm, scale, degenerate)
 
-    def statistics(self, microbatches: Iterable[DriftingBatch]) -> DriftStatistics:
+    def statistics(self, microbatches: Iterable[DriftingBatch], *, temperature_factor: float = 1.0) -> DriftStatistics:
         """Scalars of the batch that the microbatches make up: the first pass of exact gradient accumulation.
 
         Args:
             microbatches: the whole batch in pieces along the groups; gone through twice, so a container, or an object
                 whose iteration makes every piece anew.
+            temperature_factor: as for the calls of the second pass.
 
         Raises:
             TypeError, ValueError: there are none, or as `forward` raises.
@@ -172,21 +190,28 @@ class DriftingLoss(nn.Module):
         >>> torch.allclose(exact, loss_fn(x, real).loss)
         True
         """
-        return _statistics(self, microbatches, lambda part: [("", DriftingBatch(*part))])[""]
+        return _statistics(self, microbatches, lambda part: [("", DriftingBatch(*part))], temperature_factor)[""]
 
     @torch.no_grad()
-    def _scale_sums(self, batch: DriftingBatch) -> Tensor:
+    def _scale_sums(self, batch: DriftingBatch, temperature_factor: float) -> Tensor:
         self._check(batch)
         with torch.autocast(batch.x.device.type, enabled=False):
-            return self._drift(batch).scale_sums
+            return self._drift(batch, temperature_factor).scale_sums
 
     @torch.no_grad()
-    def _force_sums(self, batch: DriftingBatch, scale: Tensor) -> Tensor:
+    def _force_sums(self, batch: DriftingBatch, scale: Tensor, temperature_factor: float) -> Tensor:
         with torch.autocast(batch.x.device.type, enabled=False):
-            return self._drift(batch).force_sums(scale)
+            return self._drift(batch, temperature_factor).force_sums(scale)
 
-    def _drift(self, batch: DriftingBatch) -> Drift:
-        return EagerDrift(batch, self.options)
+    def _drift(self, batch: DriftingBatch, temperature_factor: float) -> Drift:
+        return EagerDrift(batch, self._options(temperature_factor))
+
+    def _options(self, temperature_factor: float) -> FieldOptions:
+        if temperature_factor == 1.0:
+            return self.options
+        if not temperature_factor > 0:
+            raise ValueError(f"temperature_factor must be > 0, got {temperature_factor}")
+        return self.options._replace(temperatures=tuple(temperature_factor * t for t in self.options.temperatures))
 
     def _factor(self, drift_norm: Tensor, degenerate: Tensor) -> Tensor:
         """1/λ of every temperature (Eq. 25), or 1; 0 where there is nothing but rounding to normalise."""
@@ -213,6 +238,7 @@ def sum_over_features(
     unconditional_weight: Tensor | None = None,
     *,
     statistics: Mapping[str, DriftStatistics] | None = None,
+    temperature_factor: float = 1.0,
 ) -> DriftingOutput:
     """Loss Σ_j over features φ_j, each with its own scale and drift norms (Eq. 13-14, A.5).
 
@@ -226,6 +252,7 @@ def sum_over_features(
         unconditional: the same names to `[B, ..., M, D]`.
         unconditional_weight: `[B, M]`, the same for all features and locations.
         statistics: what `feature_statistics` returned (exact gradient accumulation).
+        temperature_factor: multiplies every τ of this call, > 0.
 
     Raises:
         TypeError: as `DriftingLoss` raises, with the name of the feature.
@@ -244,19 +271,26 @@ def sum_over_features(
     outputs = []
     for name, batch in _by_feature(FeatureBatch(x, positives, unconditional, unconditional_weight)):
         with _naming(name):
-            output = loss_fn(*batch, statistics=None if statistics is None else statistics[name])
+            output = loss_fn(
+                *batch,
+                statistics=None if statistics is None else statistics[name],
+                temperature_factor=temperature_factor,
+            )
         outputs.append(output._replace(loss=output.loss.reshape(batch.x.shape[0], -1).mean(1)))  # [B]
     loss, drift_norm, feature_scale, degenerate = (torch.stack(parts) for parts in zip(*outputs, strict=True))
     return DriftingOutput(loss.sum(0), drift_norm, feature_scale, degenerate)
 
 
-def feature_statistics(loss_fn: DriftingLoss, microbatches: Iterable[FeatureBatch]) -> dict[str, DriftStatistics]:
+def feature_statistics(
+    loss_fn: DriftingLoss, microbatches: Iterable[FeatureBatch], *, temperature_factor: float = 1.0
+) -> dict[str, DriftStatistics]:
     """Scalars of every feature over the batch that the microbatches make up, for exact gradient accumulation.
 
     Args:
         loss_fn: the loss of one feature.
         microbatches: the whole batch in pieces along the groups; gone through twice, so a container, or an object
             whose iteration computes every piece anew and so needs memory for one piece alone.
+        temperature_factor: as for the calls of `sum_over_features`.
 
     Raises:
         TypeError, ValueError: there are none, or as `sum_over_features` raises.
@@ -269,11 +303,14 @@ def feature_statistics(loss_fn: DriftingLoss, microbatches: Iterable[FeatureBatc
     >>> torch.allclose(statistics["pixels"].drift_norm, sum_over_features(loss_fn, x, x).drift_norm)
     True
     """
-    return _statistics(loss_fn, microbatches, _by_feature)
+    return _statistics(loss_fn, microbatches, _by_feature, temperature_factor)
 
 
 def _statistics(
-    loss_fn: DriftingLoss, microbatches: Iterable[T], by_feature: Callable[[T], Iterable[tuple[str, DriftingBatch]]]
+    loss_fn: DriftingLoss,
+    microbatches: Iterable[T],
+    by_feature: Callable[[T], Iterable[tuple[str, DriftingBatch]]],
+    temperature_factor: float,
 ) -> dict[str, DriftStatistics]:
     """Two passes over the microbatches, since the drift is that of normalised features."""
 
@@ -288,9 +325,9 @@ def _statistics(
             raise ValueError("microbatches is empty, expected one or more pieces, to be gone through twice")
         return totals
 
-    scale_sums = add_up(lambda _, batch: loss_fn._scale_sums(batch))
+    scale_sums = add_up(lambda _, batch: loss_fn._scale_sums(batch, temperature_factor))
     scales = {name: _scale_and_degenerate(sums) for name, sums in scale_sums.items()}
-    sums = add_up(lambda name, batch: loss_fn._force_sums(batch, scales[name][0]))
+    sums = add_up(lambda name, batch: loss_fn._force_sums(batch, scales[name][0], temperature_factor))
     return {
         name: DriftStatistics(scale, _drift_norm(sums[name]), degenerate)
         for name, (scale, degenerate) in scales.items()

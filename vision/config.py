@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from driftfield import DriftingLoss
+from driftfield.drift import Field
 from driftfield.kernel import NormalizeOver
-from driftfield.training import option
+from driftfield.sinkhorn import SecondBatch
+from driftfield.training import option, to_plain
 from driftfield.training.device import Device
 from vision.data import DatasetName
 from vision.imagenet import Augmentation, Classes
@@ -86,7 +89,14 @@ class LossConfig:
     normalize_over: NormalizeOver = option("softmax over: targets and samples, targets (y), samples (x), none")
     attraction: float = option("factor on V+ (Table 1)", min=0)
     repulsion: float = option("factor on V- (Table 1)", min=0)
+    field: Field = option("the paper's; or barycentres of entropic couplings; or the gradient of MMD (C.2)")
+    bias_correction: bool = option("of the centroids: no first-order bias of few samples (arXiv 2604.27239)")
+    sinkhorn_iterations: int = option("of each coupling and τ", min=0)
+    second_batch: SecondBatch = option("sinkhorn: what generated samples are coupled with, all others or a half")
     check_finite: bool = option("stop at the first NaN or infinity, naming it; costs a wait for the device")
+
+    def __post_init__(self) -> None:
+        DriftingLoss(**to_plain(self))  # refuses what makes no sense together
 
 
 @dataclass(kw_only=True)
@@ -147,6 +157,8 @@ class TrainConfig:
         "scale and drift norm of the whole batch, or of what is computed at once"
     )
     images: int = option("generated images to train on in all", min=1)
+    temperature_start: float = option("factor of every τ at first; falls or rises geometrically to 1", above=0)
+    temperature_fraction: float = option("first part of the run over which it does", min=0, max=1)
     learning_rate: float = option("AdamW's peak learning rate", above=0)
     warmup_images: int = option("images until the peak", min=0)
     cooldown_fraction: float = option("last part of the run over which the rate falls to 0", min=0, max=1)

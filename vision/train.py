@@ -48,6 +48,7 @@ from driftfield.training import (
 )
 from driftfield.training.atomic_file import write_json
 from driftfield.training.device import choose_device
+from driftfield.training.schedule import annealed_factor
 from driftfield.training.visits import Epochs, sample_ids
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import RealSamples, require_per_class
@@ -146,11 +147,14 @@ class Training:
         alpha = self._draw_guidance_scale(len(labels))  # 2. one guidance scale per label  [L]
         positives, unconditional = self._draw_real(labels)  # 3. real samples from the queues  [L, P] and [L, M]
         pieces = self._pieces(labels, alpha, torch.cat([positives, unconditional], dim=1))
-        statistics = self._batch_statistics(pieces)
+        temperature_factor = self._temperature_factor()
+        statistics = self._batch_statistics(pieces, temperature_factor)
         self.optimizer.zero_grad(set_to_none=True)
         outputs = []
         for batch in self._features(pieces):  # 4.-5. N images per label in one pass; features of these and of real ones
-            output = sum_over_features(self.loss, *batch, statistics=statistics)  # 6. the loss in every feature
+            output = sum_over_features(  # 6. the loss in every feature
+                self.loss, *batch, statistics=statistics, temperature_factor=temperature_factor
+            )
             (output.loss.sum() / len(labels)).backward()
             outputs.append(DriftingOutput(*(part.detach() for part in output)))
         gradient_norm = self.update(self._learning_rate())  # 7. AdamW and the averages of the weights
@@ -228,12 +232,12 @@ class Training:
         parts = (labels.to(self.device), alpha.to(self.device), self._unconditional_weight(alpha), real)
         return [Piece(slots, *(part[slots.start : slots.stop] for part in parts)) for slots in self._slots()]
 
-    def _batch_statistics(self, pieces: list[Piece]) -> Mapping[str, DriftStatistics] | None:
+    def _batch_statistics(self, pieces: list[Piece], temperature_factor: float) -> Mapping[str, DriftStatistics] | None:
         """Scale and drift norms of the whole batch where it is computed in pieces: two passes without gradient."""
         if self.config.statistics == "piece" or len(pieces) == 1:
             return None  # the loss takes those of what it is given, over all processes
         with torch.no_grad():
-            return feature_statistics(self.loss, _Anew(self, pieces))
+            return feature_statistics(self.loss, _Anew(self, pieces), temperature_factor=temperature_factor)
 
     def _features(self, pieces: list[Piece]) -> Iterator[FeatureBatch]:
         """Piece by piece, features of generated images, and of real samples without gradient, by label."""
@@ -283,6 +287,15 @@ class Training:
             warmup_samples=config.warmup_images,
             total_samples=config.images,
             cooldown_fraction=config.cooldown_fraction,
+        )
+
+    def _temperature_factor(self) -> float:
+        config = self.config
+        return annealed_factor(
+            self.images_seen,
+            start=config.temperature_start,
+            total_samples=config.images,
+            fraction=config.temperature_fraction,
         )
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the samples seen, so that a changed batch size does not change its meaning."""
+"""Learning rate and temperature by the samples seen, so that a changed batch size does not change their meaning."""
 
 import math
 
@@ -69,3 +69,31 @@ def warmup_cosine(
         return warmup_constant(samples_seen, peak=peak, warmup_samples=warmup_samples, start=start)
     done = min(1.0, (samples_seen - warmup_samples) / (total_samples - warmup_samples))
     return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+def annealed_factor(samples_seen: int, *, start: float, total_samples: int, fraction: float) -> float:
+    """Geometrically from ``start`` to 1 over the first part of a run, then 1 (the annealing of arXiv 2603.09936).
+
+    Args:
+        samples_seen: samples trained on before this step.
+        start: factor of the first step, > 0.
+        total_samples: length of the run.
+        fraction: first part of the run, in [0, 1], over which the factor changes.
+
+    Raises:
+        ValueError: for a negative count, a factor that is not positive, or a fraction outside [0, 1].
+
+    Returns:
+        What to multiply the temperatures of this step by.
+
+    >>> [annealed_factor(n, start=4.0, total_samples=16, fraction=0.5) for n in (0, 4, 8, 16)]
+    [4.0, 2.0, 1.0, 1.0]
+    """
+    if samples_seen < 0 or not start > 0 or not 0 <= fraction <= 1:
+        raise ValueError(
+            f"expected a count of 0 or more, a factor > 0 and a fraction in [0, 1], "
+            f"found {samples_seen=}, {start=}, {fraction=}"
+        )
+    if samples_seen >= fraction * total_samples:
+        return 1.0
+    return float(start ** (1.0 - samples_seen / (fraction * total_samples)))
