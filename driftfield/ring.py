@@ -1,12 +1,12 @@
 """Groups shared by all processes: the loss of their concatenation, with the samples of the others passing by.
 
 Every process keeps its own rows (its x) and sends its targets round a ring, from neighbour to neighbour, so that no
-memory holds a whole group or a matrix of its size. They go round three times: for the scale, for the softmaxes (the
-sums of that over x travel with the columns they belong to), and for the forces.
+memory holds a whole group or a matrix of its size. They go round once for each of the three passes of
+`driftfield.tiled`; what the passes find for a column, over the rows of all processes, travels behind it.
 """
 
 from collections.abc import Iterator
-from math import isqrt
+from math import isqrt, prod
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,23 @@ from torch import Tensor
 
 from driftfield.checks import working_dtype
 from driftfield.drift import SCALE_FLOOR, DriftingBatch, FieldOptions, coordinate_scale, regress, target_weight
-from driftfield.kernel import CentredPoints, centre_at, distances
-from driftfield.normalization import count_varying, force_sums, sum_over_processes
+from driftfield.kernel import CentredPoints, centre_at
+from driftfield.normalization import count_varying, distance_sums, force_sums, sum_over_processes
+from driftfield.tiled import (
+    STRIP_MATRICES,
+    Pull,
+    Softmax,
+    affinity_into,
+    distances_into,
+    exponential_sums,
+    force,
+    mask_self,
+    potentials,
+    pull,
+    unsupported,
+)
 
-TILE_ENTRIES = 1 << 22  # distances held at once
+MEMORY_MIB = 256.0  # of the matrices of pairs: on a GPU, products of 4096 x 4096 pairs run at full speed
 AGREED_LENGTH = 512  # characters of what all processes must agree on
 
 
@@ -36,6 +49,7 @@ class _Block(NamedTuple):
     home: int  # its rank
     points: Tensor  # [x, unconditional, positives], centred, in units of `unit`  [G, T, D]
     weight: Tensor  # [G, T]
+    columns: Tensor  # what a pass needs of each target  [K, G, T]
 
 
 class _Tile(NamedTuple):
@@ -46,25 +60,7 @@ class _Tile(NamedTuple):
     columns: slice
     repels: bool
     distance: Tensor  # [g, n, t]
-    self_pair: Tensor | None  # [n, t] bool
-
-
-class _Softmax(NamedTuple):
-    """What a softmax needs of the entries that went in so far: exp(logit - peak) / total."""
-
-    peak: Tensor
-    total: Tensor
-
-    def include(self, logits: Tensor, dim: int, *part: int | slice) -> None:
-        """Take in entries along `dim`, for the softmaxes `part`."""
-        old, total = self.peak[part], self.total[part]
-        peak = torch.maximum(old, logits.amax(dim))
-        total.mul_((old - peak).exp()).add_((logits - peak.unsqueeze(dim)).exp().sum(dim))
-        old.copy_(peak)
-
-    def of(self, logits: Tensor, dim: int, *part: int | slice) -> Tensor:
-        """Softmax of entries along `dim` that are among those taken in."""
-        return (logits - self.peak[part].unsqueeze(dim)).exp() / self.total[part].unsqueeze(dim)
+    scratch: Tensor  # [g, n, t]
 
 
 class RingDrift:
@@ -75,11 +71,14 @@ class RingDrift:
     may have different numbers of samples. All must call, in the same order.
 
     Args:
-        batch: the own part of the samples of every group; the groups are the same in all processes.
+        batch: checked; the own part of the samples of every group. The groups are the same in all processes.
         options: of the field.
+        memory_mib: for the matrices of pairs. Beside them, three copies of the own targets in the working precision
+            are held, and two forces on the own x for every temperature.
 
     Raises:
-        ValueError: the processes differ in groups, dimension, dtype or options.
+        ValueError: the processes differ in groups, dimension, dtype or options, or have an option that this way of
+            computing does not know.
 
     >>> options = FieldOptions((0.2,), True, 1e-6, "xy", 1.0, 1.0)
     >>> drift = RingDrift(DriftingBatch(torch.randn(2, 8, 3), torch.randn(2, 8, 3)), options)
@@ -87,7 +86,10 @@ class RingDrift:
     torch.Size([2])
     """
 
-    def __init__(self, batch: DriftingBatch, options: FieldOptions) -> None:
+    def __init__(self, batch: DriftingBatch, options: FieldOptions, *, memory_mib: float = MEMORY_MIB) -> None:
+        reason = unsupported(batch, options)
+        if reason is not None:
+            raise ValueError(f"groups shared by all processes: {reason}")
         self._x, self._options = batch.x, options
         is_up = dist.is_available() and dist.is_initialized()
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if is_up else (0, 1)
@@ -95,10 +97,11 @@ class RingDrift:
         self._forces: list[Tensor] = []
         with torch.no_grad():
             centred = self._centre(batch)
-            weight = target_weight(batch, centred.points.dtype)
-            self._own = _Block(self._rank, centred.points, weight.view(centred.points.shape[:-1]))
-            self._unit = centred.unit
-            self.scale_sums = torch.cat([self._distance_sums(), count_varying(centred, batch.x.dtype)[None]])
+            self._points, self._unit = centred.points, centred.unit
+            self._entries = max(1, int(memory_mib * 2**20 / self._points.itemsize / STRIP_MATRICES))
+            self._weight = target_weight(batch, self._points.dtype).view(self._points.shape[:-1])
+            sums, self._nearest_of_rows, self._nearest_of_columns = self._first_pass()
+            self.scale_sums = torch.cat([sums, count_varying(centred, batch.x.dtype)[None]])
 
     @torch.no_grad()
     def force_sums(self, scale: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ class RingDrift:
             forces = self._forces or self._compute_forces(scale)
             drift = forces[0] * factor[0]  # V  [G, N, D]
             for i in range(1, len(forces)):
-                drift = torch.addcmul(drift, forces[i], factor[i])
+                drift.addcmul_(forces[i], factor[i])
         divisor = coordinate_scale(scale, self._x.shape[-1], self._options)
         share = self._counts[self._rank].generated / sum(counts.generated for counts in self._counts)
         own = regress(self._x, drift.view(self._x.shape), divisor) * share  # the own rows' part of the mean over N
@@ -131,118 +134,118 @@ class RingDrift:
             dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
         return centre_at(points, mean, -bounds[:, :1], bounds[:, 1:])
 
-    def _distance_sums(self) -> Tensor:
-        """As `normalization.distance_sums`, of the own rows."""
-        sums = self._own.points.new_zeros(2)
+    def _first_pass(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of the scale `[2]`, the smallest distance of every own row `[G, N]` and of every own column `[G, T]`."""
+        sums = self._points.new_zeros(2)
+        columns = torch.full_like(self._weight, torch.finfo(self._weight.dtype).max)
+        rows = columns[:, : self._counts[self._rank].generated].clone()
         for block in self._blocks():
             for tile in self._tiles(block):
-                sums[0] += (tile.distance.sum(-2) * block.weight[tile.groups, tile.columns]).sum()
-            sums[1] += self._counts[self._rank].generated * block.weight.sum()
-        return sums
+                groups, distance = tile.groups, tile.distance
+                sums += distance_sums(distance, block.weight[groups, tile.columns])  # the samples themselves included
+                self._mask_self(tile, block)
+                rows[groups, tile.rows] = torch.minimum(rows[groups, tile.rows], distance.amin(-1))
+                columns[groups, tile.columns] = torch.minimum(columns[groups, tile.columns], distance.amin(-2))
+            columns = self._follow(columns, block)
+        return sums, rows, columns
+
+    def _potentials(self, temperatures: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The second pass: u of the own rows `[temperatures, G, N]`, v of the own columns `[temperatures, G, T]`."""
+        over = self._options.normalize_over
+        rows, columns = (
+            Softmax(nearest, nearest.new_zeros(len(temperatures), *nearest.shape))
+            for nearest in (self._nearest_of_rows, self._nearest_of_columns)
+        )
+        for block in self._blocks(self._nearest_of_columns[None]) if over != "none" else ():
+            for tile in self._tiles(block):
+                self._mask_self(tile, block)
+                for sums, nearest, dim, part in (
+                    (rows.sums, rows.nearest, -1, (tile.groups, tile.rows)),
+                    (columns.sums, block.columns[0], -2, (tile.groups, tile.columns)),
+                ):
+                    sums[:, *part] += exponential_sums(tile.scratch, tile.distance, nearest[part], temperatures, dim)
+            columns = columns._replace(sums=self._follow(columns.sums, block))
+        return potentials(over, rows, columns, temperatures)
 
     def _compute_forces(self, scale: Tensor) -> list[Tensor]:
-        """F of every temperature in normalised coordinates, `[G, N, D]` each."""
-        rows, columns = self._softmaxes(scale)
-        groups, (num_rows, *_), dimension = len(self._own.points), self._counts[self._rank], self._x.shape[-1]
-        shape = (len(self._options.temperatures), 2, groups, num_rows)
-        sums = self._own.points.new_zeros(shape)  # ΣA+ and ΣA-  [temperatures, 2, G, N]
-        pulls = self._own.points.new_zeros(*shape, dimension)  # ΣA+ y+ and ΣA- y-  [temperatures, 2, G, N, D]
-        for block in self._blocks():
+        """The second and third pass: F of every temperature in normalised coordinates, `[G, N, D]` each."""
+        options, x = self._options, self._own_x
+        # τ multiplies the mean distance (Eq. 22), coordinates are those of normalised features
+        temperatures = scale.new_tensor(options.temperatures).to(x.dtype)
+        if options.normalize_features:
+            temperatures = temperatures * scale.clamp(min=SCALE_FLOOR)
+        u, v = self._potentials(temperatures)
+        attract, repel = (
+            [Pull(torch.zeros_like(x[..., 0]), torch.zeros_like(x)) for _ in temperatures] for _ in range(2)
+        )
+        for block in self._blocks(v):
             for tile in self._tiles(block):
-                weight = block.weight[tile.groups, None, tile.columns]  # after the softmaxes, so that it acts linearly
-                for t, logits in enumerate(self._logits(tile, scale)):
-                    weights = self._affinity(t, logits, tile, rows, columns) * weight  # [g, n, t]
-                    part = (t, int(tile.repels), tile.groups, tile.rows)
-                    sums[part] += weights.sum(-1)
-                    pulls[part] += weights @ block.points[tile.groups, tile.columns]
-            columns = self._travel(columns, block)
-        factor = self._unit / coordinate_scale(scale, dimension, self._options)
-        return [self._force(*sums[t], *pulls[t]) * factor for t in range(len(sums))]
+                self._mask_self(tile, block)
+                rows, columns = (tile.groups, tile.rows), (tile.groups, tile.columns)
+                for t, temperature in enumerate(temperatures):
+                    weights = affinity_into(
+                        tile.scratch,
+                        tile.distance,
+                        None if u is None else u[t][rows],
+                        None if v is None else block.columns[t][columns],
+                        temperature,
+                        options.affinity_floor,
+                    )  # [g, n, t]
+                    if tile.repels:  # after the softmaxes, so that the weight acts linearly
+                        weights *= block.weight[columns][..., None, :]
+                    found, total = pull(weights, block.points[columns]), (repel if tile.repels else attract)[t]
+                    total.weight[rows] += found.weight
+                    total.moment[rows] += found.moment
+        factor = self._unit / coordinate_scale(scale, x.shape[-1], options)
+        return [force(x, *pulls, options).mul_(factor) for pulls in zip(attract, repel, strict=True)]
 
-    def _force(
-        self, positive_sum: Tensor, negative_sum: Tensor, positive_pull: Tensor, negative_pull: Tensor
-    ) -> Tensor:
-        """F of one temperature (Eq. 10-11, Alg. 2): as `field.weighted_drift`, from what it adds up."""
-        x = self._own.points[:, : positive_sum.shape[-1]]
-        attract = torch.addcmul(positive_pull, positive_sum[..., None], x, value=-1.0)  # Σ A+ (y+ - x)
-        repel = torch.addcmul(negative_pull, negative_sum[..., None], x, value=-1.0)
-        if self._options.normalize_over != "x":
-            attract *= negative_sum[..., None]
-            repel *= positive_sum[..., None]
-        return self._options.attraction * attract - self._options.repulsion * repel
-
-    def _softmaxes(self, scale: Tensor) -> tuple[_Softmax, _Softmax]:
-        """Over all targets for the own rows `[temperatures, G, N]`; over all x for the own targets."""
-        temperatures, groups = len(self._options.temperatures), len(self._own.points)
-
-        def empty(length: int) -> _Softmax:
-            zeros = self._own.points.new_zeros(temperatures, groups, length)
-            return _Softmax(zeros - torch.inf, zeros)
-
-        rows, columns = empty(self._counts[self._rank].generated), empty(self._own.points.shape[-2])
-        if self._options.normalize_over == "none":
-            return rows, columns
-        for block in self._blocks():
-            for tile in self._tiles(block):
-                for t, logits in enumerate(self._logits(tile, scale)):
-                    if "y" in self._options.normalize_over:
-                        rows.include(logits, -1, t, tile.groups, tile.rows)
-                    if "x" in self._options.normalize_over:
-                        columns.include(logits, -2, t, tile.groups, tile.columns)
-            columns = self._travel(columns, block)
-        return rows, columns
-
-    def _affinity(self, t: int, logits: Tensor, tile: _Tile, rows: _Softmax, columns: _Softmax) -> Tensor:
-        """As `kernel.affinity`."""
-        over, floor = self._options.normalize_over, self._options.affinity_floor
-        if over == "none":
-            return logits.exp().clamp(min=floor**0.5)
-        softmaxes = []
-        if "y" in over:
-            softmaxes.append(rows.of(logits, -1, t, tile.groups, tile.rows))
-        if "x" in over:
-            softmaxes.append(columns.of(logits, -2, t, tile.groups, tile.columns))
-        if len(softmaxes) == 2:
-            return (softmaxes[0] * softmaxes[1]).clamp(min=floor).sqrt()
-        return softmaxes[0].clamp(min=floor**0.5)
-
-    def _logits(self, tile: _Tile, scale: Tensor) -> Iterator[Tensor]:
-        """-distance / τ of every temperature, `[g, n, t]`."""
-        distance = tile.distance
-        if self._options.normalize_features:
-            distance = distance / scale.clamp(min=SCALE_FLOOR)  # τ multiplies the mean distance (Eq. 22)
-        for temperature in self._options.temperatures:
-            logits = distance / -temperature
-            if tile.self_pair is not None:
-                logits = logits.masked_fill_(tile.self_pair, torch.finfo(logits.dtype).min)
-            yield logits
+    @property
+    def _own_x(self) -> Tensor:
+        return self._points[:, : self._counts[self._rank].generated]  # [G, N, D]
 
     def _tiles(self, block: _Block) -> Iterator[_Tile]:
-        """The own rows against a block, in parts of at most TILE_ENTRIES distances."""
-        generated, unconditional, positives = self._counts[block.home]
-        x = self._own.points[:, : self._counts[self._rank].generated]
+        """The own rows against a block, in parts of a size that the memory allows."""
+        counts, x = self._counts[block.home], self._own_x
         num_groups, num_rows, _ = x.shape
-        first_positive = generated + unconditional
-        for repels, start, stop in ((True, 0, first_positive), (False, first_positive, first_positive + positives)):
-            width = min(stop - start, max(isqrt(TILE_ENTRIES), TILE_ENTRIES // num_rows))
-            height = min(num_rows, max(1, TILE_ENTRIES // width))
-            depth = max(1, TILE_ENTRIES // (width * height))
+        first_positive = counts.generated + counts.unconditional
+        memory = x.new_empty(2, self._entries)
+        for repels, start, stop in ((True, 0, first_positive), (False, first_positive, sum(counts))):
+            width = min(stop - start, max(isqrt(self._entries), self._entries // num_rows))
+            height = min(num_rows, max(1, self._entries // width))
+            depth = max(1, self._entries // (width * height))
             for groups in _slices(0, num_groups, depth):
                 for rows in _slices(0, num_rows, height):
                     for columns in _slices(start, stop, width):
-                        distance = distances(x[groups, rows], block.points[groups, columns], self._unit[groups])
-                        own = repels and block.home == self._rank  # then its first columns are the own x
-                        self_pair = _same(rows, columns, x.device) if own else None
-                        yield _Tile(groups, rows, columns, repels, distance, self_pair)
+                        own, other = x[groups, rows], block.points[groups, columns]
+                        shape = (2, *own.shape[:2], other.shape[1])
+                        distance, scratch = memory[:, : prod(shape[1:])].view(shape).unbind()
+                        distances_into(distance, scratch, own, other, self._unit[groups])
+                        yield _Tile(groups, rows, columns, repels, distance, scratch)
 
-    def _blocks(self) -> Iterator[_Block]:
-        """The own targets, then those of each process before this one, while the next ones are on their way."""
-        block = self._own
+    def _mask_self(self, tile: _Tile, block: _Block) -> None:
+        """Move x away from itself; the other processes' x are other samples."""
+        if tile.repels and block.home == self._rank:
+            mask_self(tile.distance, tile.rows.start, tile.columns.start)
+
+    def _blocks(self, columns: Tensor | None = None) -> Iterator[_Block]:
+        """The own targets, then those of each process before this one, while the next ones are on their way.
+
+        Args:
+            columns: what the pass needs of each of the own targets, `[K, G, T]`.
+        """
+        if columns is None:
+            columns = self._weight.new_empty(0, *self._weight.shape)
+        block = _Block(self._rank, self._points, self._weight, columns)
         for _ in range(self._world - 1):
             home = (block.home - 1) % self._world
+            points, weight, columns = block[1:]
             length = sum(self._counts[home])
-            points = block.points.new_empty(len(block.points), length, block.points.shape[-1])
-            following = _Block(home, points, block.weight.new_empty(len(points), length))
+            following = _Block(
+                home,
+                points.new_empty(len(points), length, points.shape[-1]),
+                weight.new_empty(len(weight), length),
+                columns.new_empty(*columns.shape[:-1], length),
+            )
             transfers = self._send_on(block[1:], following[1:])
             yield block
             for transfer in transfers:
@@ -250,22 +253,28 @@ class RingDrift:
             block = following
         yield block
 
-    def _travel(self, columns: _Softmax, block: _Block) -> _Softmax:
-        """Send the sums over x on behind their block; after a whole round they are at home."""
+    def _follow(self, columns: Tensor, block: _Block) -> Tensor:
+        """Send what was found for each column of a block on behind it; after a whole round it is at home.
+
+        Args:
+            columns: `[..., T]`.
+            block: theirs.
+
+        Returns:
+            `[..., T]`, of the block that comes next.
+        """
         if self._world == 1:
             return columns
-        length = sum(self._counts[(block.home - 1) % self._world])
-        peak = columns.peak.new_empty(*columns.peak.shape[:-1], length)
-        following = _Softmax(peak, torch.empty_like(peak))
-        for transfer in self._send_on(columns, following):
+        following = columns.new_empty(*columns.shape[:-1], sum(self._counts[(block.home - 1) % self._world]))
+        for transfer in self._send_on((columns,), (following,)):
             transfer.wait()
         return following
 
     def _send_on(self, own: tuple[Tensor, ...], following: tuple[Tensor, ...]) -> list[dist.Work]:
         """Begin to send tensors to the next process, and to receive those of the one before."""
         after, before = (self._rank + 1) % self._world, (self._rank - 1) % self._world
-        sends = [dist.P2POp(dist.isend, tensor, after) for tensor in own]
-        receives = [dist.P2POp(dist.irecv, tensor, before) for tensor in following]
+        sends = [dist.P2POp(dist.isend, tensor, after) for tensor in own if tensor.numel()]
+        receives = [dist.P2POp(dist.irecv, tensor, before) for tensor in following if tensor.numel()]
         return dist.batch_isend_irecv(sends + receives)
 
 
@@ -285,17 +294,11 @@ def _agree(batch: DriftingBatch, options: FieldOptions, world: int) -> list[_Cou
     for number, text in enumerate(texts):
         if text != texts[0]:
             raise ValueError(
-                f"shared groups: expected the same in all processes, but process 0 has {texts[0]} "
-                f"and process {number} has {text}"
+                f"groups shared by all processes: process 0 has {texts[0]} and process {number} has {text}, expected "
+                "the same"
             )
     return [_Counts(*row[:3]) for row in rows]
 
 
 def _slices(start: int, stop: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
-
-
-def _same(rows: slice, columns: slice, device: torch.device) -> Tensor:
-    """Where a row and a column have the same number, `[n, t]`."""
-    row, column = (torch.arange(part.start, part.stop, device=device) for part in (rows, columns))
-    return row[:, None] == column

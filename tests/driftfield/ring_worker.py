@@ -26,8 +26,16 @@ PARTS = {  # N, P, M of each rank, per world size
 
 
 class SharedGroups(DriftingLoss):
-    def _drift(self, batch: DriftingBatch) -> Drift:
-        return ring.RingDrift(batch, self.options)
+    memory_mib = ring.MEMORY_MIB
+
+    def _drift(self, batch: DriftingBatch, *_: Any) -> Drift:
+        return ring.RingDrift(batch, self.options, memory_mib=self.memory_mib)
+
+
+def shared_groups(memory_mib: float, **options: Any) -> DriftingLoss:
+    loss_fn = SharedGroups(**options)
+    loss_fn.memory_mib = memory_mib
+    return loss_fn
 
 
 def whole_batch() -> DriftingBatch:
@@ -87,18 +95,14 @@ def own_part(
     *,
     batch: Callable[[], DriftingBatch] = whole_batch,
     dtype: torch.dtype = torch.float32,
-    tile_entries: int = ring.TILE_ENTRIES,
+    memory_mib: float = ring.MEMORY_MIB,
     **options: Any,
 ) -> Arrays:
     """What one process finds; alone, what the plain loss of the whole batch is."""
-    loss_fn = DriftingLoss(**options) if world == 1 else SharedGroups(**options)
+    loss_fn = DriftingLoss(**options) if world == 1 else shared_groups(memory_mib, **options)
     part = part_of(batch(), world, rank)
     part = DriftingBatch(*(None if tensor is None else tensor.to(dtype) for tensor in part))
-    before, ring.TILE_ENTRIES = ring.TILE_ENTRIES, tile_entries
-    try:
-        return compute(loss_fn, part)
-    finally:
-        ring.TILE_ENTRIES = before
+    return compute(loss_fn, part)
 
 
 def exact_accumulation(world: int, rank: int) -> Arrays:
@@ -136,7 +140,7 @@ def disagreement(world: int, rank: int) -> Arrays:
 
 EQUAL: dict[str, Callable[[int, int], Arrays]] = {
     **{f"over {over}": partial(own_part, normalize_over=over) for over in ("xy", "y", "x", "none")},
-    "small tiles": partial(own_part, tile_entries=6),
+    "small tiles": partial(own_part, memory_mib=1e-4),
     "attraction": partial(own_part, attraction=1.5, repulsion=0.5),
     "no repulsion over x": partial(own_part, normalize_over="x", repulsion=0.0),
     "paper": partial(own_part, recipe="paper", temperatures=(1.0, 3.0)),

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from driftfield import DriftingLoss, ring
-from driftfield.drift import DriftingBatch
+from driftfield import DriftingLoss
 
 from . import ring_worker as worker
 from .oracle import relative_error
@@ -77,21 +76,18 @@ def test_processes_that_differ_are_told_so(run: Callable[[str, int], Shares], wo
     for share in run("disagreement", world):
         groups, dtype, dimension, options = share["messages"]
         last = f"process {world - 1} has groups"
-        assert "but process 0 has groups [2], dimension 3, torch.float32" in groups
+        assert ": process 0 has groups [2], dimension 3, torch.float32" in groups
         assert f"{last} [1], dimension 3, torch.float32" in groups
         assert f"{last} [2], dimension 3, torch.float64" in dtype
         assert f"{last} [2], dimension 2, torch.float32" in dimension
         assert "temperatures=(0.2,)" in options and "temperatures=(0.1,)" in options
 
 
-@pytest.mark.parametrize("tile_entries", [5, 50, 1 << 20])
+@pytest.mark.parametrize("memory_mib", [1e-4, 1e-3, 1.0])
 @pytest.mark.parametrize("options", [{}, {"normalize_over": "x", "repulsion": 0.0}, {"recipe": "paper"}])
-def test_one_process_alone_in_tiles_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, tile_entries: int, options: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(ring, "TILE_ENTRIES", tile_entries)
+def test_one_process_alone_in_tiles_of_any_size(memory_mib: float, options: dict[str, Any]) -> None:
     expected = worker.compute(DriftingLoss(**options), worker.whole_batch())
-    found = worker.compute(worker.SharedGroups(**options), worker.whole_batch())
+    found = worker.compute(worker.shared_groups(memory_mib, **options), worker.whole_batch())
     assert relative_error(found["loss"], expected["loss"]) < 1e-5
     assert relative_error(found["gradient"], expected["gradient"]) < 1e-5
 
@@ -111,13 +107,12 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_matrix_of_the_size_of_a_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "TILE_ENTRIES", 300)
-    x, positives = torch.randn(1, 100, 2), torch.randn(1, 100, 2)
-    loss_fn = worker.SharedGroups((0.2,))
+def test_no_matrix_of_the_size_of_a_group_is_made() -> None:
+    x, positives, memory_mib = torch.randn(1, 100, 2), torch.randn(1, 100, 2), 4e-3
     sizes = []
-    for shared in (True, False):
+    for loss_fn in (worker.shared_groups(memory_mib, temperatures=(0.2,)), DriftingLoss((0.2,))):
         with LargestTensor() as largest:
-            (loss_fn if shared else DriftingLoss((0.2,)))(*DriftingBatch(x, positives))
+            loss_fn(x, positives)
         sizes.append(largest.entries)
-    assert sizes == [400, 100 * 200]  # the targets, and two forces on every sample; all distances
+    assert sizes[0] <= memory_mib * 2**20 / 4  # numbers of float32
+    assert sizes[1] == 100 * 200  # all distances
