@@ -40,6 +40,7 @@ class EvaluateConfig:
     noise_seed: int = option("seed of the policy's noise", min=0)
     workers: int = option("processes that simulate; 0: this one", min=0)
     batch: int = option("episodes at once, each in an environment of its own; changes the last bits of actions", min=1)
+    max_steps: int | None = option("control steps after which an episode ends; null: the task's own number", min=1)
     ensemble: float | None = option(
         "decay of temporal ensembling, such as 0.01: predict at every step, execute the mean of all chunks; null: none"
     )
@@ -100,7 +101,7 @@ def main(config: EvaluateConfig) -> int:
             folder.path / VIDEO,
             evaluations[-1].episodes,
             policy.task,
-            task_options=policy.task_options,
+            task_options=_task_options(config, policy),
             count=config.show,
             timeout_s=config.timeout_s,
         )
@@ -148,6 +149,11 @@ class _Witness(nn.Module):
         return self.policy.predict_chunk(observation, generators)
 
 
+def _task_options(config: EvaluateConfig, policy: Policy) -> dict[str, Any]:
+    """Keywords of `envs.make`."""
+    return policy.task_options | ({} if config.max_steps is None else {"max_episode_steps": config.max_steps})
+
+
 def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
     witness = _Witness(policy)
     start = time.monotonic()
@@ -155,7 +161,7 @@ def _evaluate(config: EvaluateConfig, name: str, policy: Policy) -> Evaluation:
         episodes = rollout(
             witness,
             policy.task,
-            task_options=policy.task_options,
+            task_options=_task_options(config, policy),
             seeds=range(config.first_seed, config.first_seed + config.episodes),
             workers=config.workers,
             batch=config.batch,
@@ -192,7 +198,7 @@ def _record(config: EvaluateConfig, folder: Path, policy: Policy, evaluations: S
     start = parse_json((folder / "run.json").read_bytes())["starts"][-1]
     return {
         "task": policy.task,
-        "task_options": policy.task_options,
+        "task_options": _task_options(config, policy),
         "config": to_plain(config),
         "start": start,
         "protocol": protocol(evaluations),

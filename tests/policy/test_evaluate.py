@@ -121,6 +121,15 @@ def test_every_episode_is_logged_with_figures_versions_and_command(
     assert "latency of a chunk: p50" in shown
 
 
+@pytest.mark.usefixtures("scripted")
+def test_episodes_are_shorter_on_request(run_folder: Path) -> None:
+    small = (f"run_dir={run_folder}", "episodes=2", "batch=2", "workers=0", "show=0", "latency_chunks=0")
+    assert run(*small, "max_steps=5") == 0
+    log = read_log(run_folder)
+    assert log["task_options"] == {"observation": "state", "max_episode_steps": 5}
+    assert [episode["steps"] for episode in log["evaluations"][0]["episodes"]] == [5, 5]
+
+
 def test_chunks_are_averaged_on_request(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = RoundTheObstacle()
     monkeypatch.setattr(program, "load_policy", lambda path: policy)
