@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from policy.draws import Draws
+
 ActionDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [B, T, A], step [B], cond [B, To, C] -> [B, T, A]
 Sampler = Literal["ddpm", "ddim"]
 
@@ -52,23 +54,20 @@ class DiffusionProcess:
         self.scheduler = scheduler
         self.scheduler.set_timesteps(steps)
 
-    def loss(
-        self, network: ActionDenoiser, actions: Tensor, cond: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def loss(self, network: ActionDenoiser, actions: Tensor, cond: Tensor, draws: Draws) -> Tensor:
         """Squared error of the predicted noise at a random step of each row, averaged over the chunk.
 
         Args:
             network: `network(x, step, cond)` predicts the noise in x.
             actions: normalised chunks [B, T, A].
             cond: features of the observations [B, To, C].
-            generator: where steps and noise come from; None is PyTorch's global one. Drawn on its device.
+            draws: where steps and noise come from.
 
         Returns:
             One loss per row, [B].
         """
-        device = None if generator is None else generator.device
-        step = torch.randint(self.train_steps, (len(actions),), generator=generator, device=device).to(actions.device)
-        noise = torch.randn(actions.shape, generator=generator, device=device, dtype=actions.dtype).to(actions.device)
+        step = draws.integers(self.train_steps, (len(actions),)).to(actions.device)
+        noise = draws.normal(actions.shape).to(actions)
         predicted = network(self.add_noise(actions, noise, step), step, cond)
         return (predicted - noise).square().flatten(1).mean(1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from policy.diffusion import DiffusionProcess, Sampler
+from policy.draws import Draws
 from policy.policy import Batch, Policy, PolicyLoss
 
 
@@ -35,10 +36,10 @@ class DiffusionPolicy(Policy):
         self.config |= {"train_steps": train_steps, "sampler": sampler, "steps": steps}
         self.process = DiffusionProcess(train_steps, sampler=sampler, steps=steps)
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> PolicyLoss:
+    def loss(self, batch: Batch, draws: Draws) -> PolicyLoss:
         """Squared error of the predicted noise, of each observation."""
-        cond = self.encode(batch.observation, generator)
-        loss = self.process.loss(self.network, self._normalized(batch.actions[:, 0]), cond, generator)
+        cond = self.encode(batch.observation, draws)
+        loss = self.process.loss(self.network, self._normalized(batch.actions[:, 0]), cond, draws)
         return PolicyLoss(loss, {})
 
     def sample(self, cond: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

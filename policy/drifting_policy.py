@@ -8,9 +8,11 @@ from torch import Tensor
 
 from driftfield import DriftingLoss, DriftingOutput, sum_over_features
 from policy.diffusion import row_noise
+from policy.draws import Draws
 from policy.policy import Batch, Policy, PolicyLoss
 
 COLLAPSED = 0.05  # a group that spreads less than this part of the data has collapsed
+EQUAL = 1e-6  # demonstrations that deviate less from their mean are equal up to rounding
 LossOver = Literal["chunk", "step"]
 
 
@@ -18,8 +20,9 @@ class DriftingPolicy(Policy):
     """One-step generator of action chunks; one drifting group per observation.
 
     Every observation has G generated chunks and K demonstrated ones, K usually 1. The default field shares out the
-    pull of each demonstration among the chunks nearest to it (`normalize_over="x"`, `repulsion=0`); with the paper's
-    field and one demonstration, all chunks are pulled alike and collapse to the mean of the modes.
+    pull of each demonstration among the chunks nearest to it (`normalize_over="x"`, `repulsion=0`). With the paper's
+    field and one demonstration, chunks that agree are all pulled alike and so stay together, at the mean of the modes;
+    at larger learning rates they may spread, but hardly any comes near a mode.
 
     Args:
         generated: G, chunks per observation in training.
@@ -64,25 +67,25 @@ class DriftingPolicy(Policy):
         """Chunks `[B, T, A]` of features `[B, To, C]` and noise `[B, T, A]`: one evaluation of the network."""
         return self.network(noise, noise.new_zeros(len(noise)), cond) + self.noise_skip * noise
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> PolicyLoss:
+    def loss(self, batch: Batch, draws: Draws) -> PolicyLoss:
         """The drifting loss of each observation, with its G chunks and K demonstrations as one group."""
-        x, positives = self._groups(batch, generator)
+        x, positives = self._groups(batch, draws)
         output = self._drift(x, positives)
         return PolicyLoss(output.loss, {**self._norms(output), **signals(x.detach(), positives)})
 
-    def errors(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+    def errors(self, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
         """The signals: the loss is flat, and takes a mean over all processes."""
-        return signals(*self._groups(batch, generator))
+        return signals(*self._groups(batch, draws))
 
     def sample(self, cond: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """One evaluation."""
         return self.generate(cond, row_noise((len(cond), self.horizon, self.action_dim), generators).to(cond))
 
-    def _groups(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _groups(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Generated chunks `[B, G, T, A]` and demonstrated ones `[B, K, T, A]`, normalised."""
-        cond = self.encode(batch.observation, generator)  # [B, To, C]
+        cond = self.encode(batch.observation, draws)  # [B, To, C]
         shape = (len(cond), self.generated, self.horizon, self.action_dim)
-        noise = torch.randn(shape, generator=generator, device=generator.device).to(cond)
+        noise = draws.normal(shape).to(cond)
         x = self.generate(cond.repeat_interleave(self.generated, 0), noise.flatten(0, 1)).view(shape)
         return x, self._normalized(batch.actions)
 
@@ -110,7 +113,8 @@ def signals(x: Tensor, positives: Tensor) -> dict[str, Tensor]:
     Returns:
         nearest_error: root mean square error, per number, of the generated chunk that is nearest to a demonstration;
         mean_error: that of all chunks; spread: root mean square deviation of the G chunks from their mean, as a part
-        of the demonstrations' over the batch; collapsed: share of groups whose spread is below 0.05.
+        of the demonstrations' over the batch, or as it is where these are all equal; collapsed: share of groups whose
+        spread is below 0.05.
 
     >>> x = torch.zeros(3, 8, 4, 2)
     >>> signals(x, torch.randn(3, 1, 4, 2))["collapsed"].item()
@@ -120,7 +124,7 @@ def signals(x: Tensor, positives: Tensor) -> dict[str, Tensor]:
     distance = torch.cdist(positives.flatten(2), x.flatten(2)) / size  # [B, K, G]
     data = (positives - positives.mean((0, 1))).square().mean().sqrt()
     group = (x - x.mean(1, keepdim=True)).square().mean((1, 2, 3)).sqrt()  # [B]
-    spread = group / data.clamp(min=torch.finfo(data.dtype).tiny)
+    spread = group / torch.where(data > EQUAL, data, 1.0)
     return {
         "nearest_error": distance.amin(-1).square().mean().sqrt(),
         "mean_error": distance.square().mean().sqrt(),

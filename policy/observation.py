@@ -6,6 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from policy.draws import Draws
+
 NUM_KEYPOINTS: Final = 32  # maps of the spatial softmax, of which each gives one (x, y)
 CAMERA_DIM: Final = 64  # features of one camera
 SMALLEST: Final = 33  # pixels; up to 32 the ResNet leaves a single place, whose position says nothing
@@ -90,19 +92,19 @@ class ObservationEncoder(nn.Module):
             size for (size,) in self.numbers.values()
         )
 
-    def forward(self, observation: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, observation: Mapping[str, Tensor], *, draws: Draws | None = None) -> Tensor:
         """Encode observations; nothing is mixed between rows or times.
 
         Args:
             observation: per key [B, To, ...]: cameras uint8 [B, To, H, W, 3], the rest normalised floats [B, To, D].
                 Keys that `shapes` does not have are left alone.
-            generator: where random crops come from; None is PyTorch's global one.
+            draws: where random crops come from; None is PyTorch's global generator.
 
         Returns:
             [B, To, dim].
         """
         features = [
-            self._see(_checked(observation, key, shape, torch.uint8), encoder, generator)
+            self._see(_checked(observation, key, shape, torch.uint8), encoder, draws or Draws())
             for (key, shape), encoder in zip(self.cameras.items(), self.encoders, strict=True)
         ]
         numbers = [_checked(observation, key, shape) for key, shape in self.numbers.items()]
@@ -112,49 +114,48 @@ class ObservationEncoder(nn.Module):
                 features += [wave(number * (2**octave * torch.pi / 2)) for number in numbers]
         return torch.cat(features, dim=2)
 
-    def _see(self, images: Tensor, encoder: nn.Module, generator: torch.Generator | None) -> Tensor:
-        flat = images.flatten(0, 1)  # [B To, H, W, 3]
+    def _see(self, images: Tensor, encoder: nn.Module, draws: Draws) -> Tensor:
         if self.crop is not None:
-            flat = random_crop(flat, self.crop, generator) if self.training else centre_crop(flat, self.crop)
+            images = random_crop(images, self.crop, draws) if self.training else centre_crop(images, self.crop)
+        flat = images.flatten(0, 1)  # [B To, H, W, 3]
         scaled = flat.permute(0, 3, 1, 2).to(next(encoder.parameters()).dtype) * (2 / 255) - 1
         return encoder(scaled).unflatten(0, images.shape[:2])  # [B, To, 64]
 
 
-def random_crop(images: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
+def random_crop(images: Tensor, size: int, draws: Draws) -> Tensor:
     """A square from a random place of each image.
 
     Source: robomimic's CropRandomizer; offsets are uniform on [0, H - size - 1], so that the last is never drawn.
 
     Args:
-        images: [N, H, W, C].
+        images: [B, To, H, W, C].
         size: side of the square.
-        generator: where the offsets come from; None is PyTorch's global one. They are drawn on its device.
+        draws: where the offsets come from.
 
     Returns:
-        [N, size, size, C].
+        [B, To, size, size, C].
 
-    >>> random_crop(torch.zeros(5, 8, 8, 3), 6, torch.Generator().manual_seed(0)).shape
-    torch.Size([5, 6, 6, 3])
+    >>> random_crop(torch.zeros(5, 2, 8, 8, 3), 6, Draws()).shape
+    torch.Size([5, 2, 6, 6, 3])
     """
-    count, height, width, _ = images.shape
-    device = None if generator is None else generator.device
     span = torch.arange(size, device=images.device)
     rows, columns = (
-        torch.randint(max(1, length - size), (count, 1), generator=generator, device=device).to(images.device) + span
-        for length in (height, width)
-    )  # [N, size] each
-    index = torch.arange(count, device=images.device).view(-1, 1, 1)
-    return images[index, rows.unsqueeze(2), columns.unsqueeze(1)]
+        draws.integers(max(1, length - size), images.shape[:2]).to(images.device).flatten().unsqueeze(1) + span
+        for length in images.shape[2:4]
+    )  # [B To, size] each
+    index = torch.arange(len(rows), device=images.device).view(-1, 1, 1)
+    crops = images.flatten(0, 1)[index, rows.unsqueeze(2), columns.unsqueeze(1)]
+    return crops.unflatten(0, images.shape[:2])
 
 
 def centre_crop(images: Tensor, size: int) -> Tensor:
-    """The square in the middle of each image, [N, H, W, C] -> [N, size, size, C].
+    """The square in the middle of each image, [B, To, H, W, C] -> [B, To, size, size, C].
 
-    >>> centre_crop(torch.arange(16.0).view(1, 4, 4, 1), 2).flatten().tolist()
+    >>> centre_crop(torch.arange(16.0).view(1, 1, 4, 4, 1), 2).flatten().tolist()
     [5.0, 6.0, 9.0, 10.0]
     """
-    top, left = ((length - size) // 2 for length in images.shape[1:3])
-    return images[:, top : top + size, left : left + size]
+    top, left = ((length - size) // 2 for length in images.shape[2:4])
+    return images[:, :, top : top + size, left : left + size]
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

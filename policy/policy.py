@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from driftfield.training.pretrained import read_arguments, read_weights, write_model
+from policy.draws import Draws
 from policy.ensembling import TemporalEnsemble
 from policy.mlp import ActionMLP, ActionNetwork
 from policy.normalizer import Normalizer
@@ -106,27 +107,27 @@ class Policy(nn.Module):
         self.reset()
 
     @abstractmethod
-    def loss(self, batch: Batch, generator: torch.Generator) -> PolicyLoss:
+    def loss(self, batch: Batch, draws: Draws) -> PolicyLoss:
         """Loss of each observation.
 
         Args:
             batch: demonstrated chunks.
-            generator: of the noise.
+            draws: of the noise, and of the crops.
         """
 
-    def errors(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+    def errors(self, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
         """How well a batch is learned, by name; unlike `loss`, a process among several may ask for it alone."""
-        output = self.loss(batch, generator)
+        output = self.loss(batch, draws)
         return {"loss": output.loss.mean(), **output.values}
 
     @abstractmethod
     def sample(self, cond: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Normalised chunks `[B, T, A]` for features `[B, To, C]`; row i draws from generator i alone."""
 
-    def encode(self, observation: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, observation: Mapping[str, Tensor], draws: Draws | None = None) -> Tensor:
         """Features `[B, To, C]` of observations `[B, To, ...]` in the units of the data."""
         numbers = {key: self.normalizer.normalize(key, observation[key].float()) for key in self.encoder.numbers}
-        return self.encoder({**observation, **numbers}, generator=generator)
+        return self.encoder({**observation, **numbers}, draws=draws)
 
     @torch.no_grad()
     def predict_chunk(self, observation: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from policy.draws import Draws
 from policy.policy import Batch, Policy, PolicyLoss
 
 
@@ -19,9 +20,9 @@ class RegressionPolicy(Policy):
     torch.Size([1, 16, 2])
     """
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> PolicyLoss:
+    def loss(self, batch: Batch, draws: Draws) -> PolicyLoss:
         """Squared error per number, of each observation."""
-        predicted = self._predict(self.encode(batch.observation, generator))
+        predicted = self._predict(self.encode(batch.observation, draws))
         loss = (predicted - self._normalized(batch.actions[:, 0])).square().mean((1, 2))
         return PolicyLoss(loss, {"mean_error": loss.detach().mean().sqrt()})
 

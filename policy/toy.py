@@ -22,6 +22,7 @@ from driftfield.training import EMA, Progress, Update, generator, option, run_pr
 from driftfield.training.atomic_file import write_json
 from driftfield.training.schedule import warmup_cosine
 from policy.config import CONFIG_DIR, Method
+from policy.draws import Draws
 from policy.drifting_policy import LossOver
 from policy.methods import METHODS
 from policy.policy import Batch, Policy
@@ -136,7 +137,7 @@ def train(policy: Policy, config: ToyConfig, seed: int) -> Mapping[str, Tensor]:
         for step in range(steps):
             draws = generator(seed, "toy", step)
             observation, actions = demonstrations(batch_size, config.horizon, draws)
-            output = policy.loss(Batch({"state": observation[:, None]}, actions[:, None]), draws)
+            output = policy.loss(Batch({"state": observation[:, None]}, actions[:, None]), Draws(draws))
             optimizer.zero_grad()
             output.loss.mean().backward()
             update(

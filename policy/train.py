@@ -46,6 +46,7 @@ from policy.collect import main as collect
 from policy.config import CONFIG_DIR, TrainConfig
 from policy.data_error import DataError
 from policy.demonstrations import load_demonstrations
+from policy.draws import Draws
 from policy.methods import METHODS
 from policy.neighbours import nearest_windows
 from policy.normalizer import Normalizer, task_parts
@@ -64,6 +65,7 @@ CHUNKS: Final = "chunks.png"
 DRAWN: Final = 6  # observations in it
 HELD_OUT_WINDOWS: Final = 512  # whose errors an evaluation gives
 COLLAPSE_WARNING: Final = 0.9  # share of collapsed groups
+COLLAPSE_BATCHES: Final = 10  # over so many batches
 # A resumed run may change what only concerns where it runs, not what it computes.
 MAY_CHANGE: Final = (
     "run_dir", "demonstrations.path", "writers", "checkpoint_every", "log_every", "evaluation.every",
@@ -111,7 +113,7 @@ class Training:
         self.update = Update(self.policy, self.optimizer, self.ema, clip_norm=config.clip_norm or float("inf"))
         if config.compile:
             self.policy.network.compile(dynamic=False)
-        self._warned = False
+        self._collapsed: list[Tensor] = []  # share of each batch after the warm-up, up to COLLAPSE_BATCHES of them
 
     @property
     def samples_per_step(self) -> int:
@@ -131,10 +133,10 @@ class Training:
         batch = self._batch(
             self.windows, sample_ids(visits, len(self.windows))[mine.start : mine.stop], self._positives
         )
-        noise = generator(self.config.seed, "noise", self.step_number, mine.start, device=self.device)
+        noise = generator(self.config.seed, "noise", self.step_number, 0, device=self.device)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.policy.loss(batch, noise)
+        output = self.policy.loss(batch, Draws(noise, mine, size))
         (output.loss.sum() / size).backward()
         gradient_norm = self.update(self._learning_rate())
         self.step_number += 1
@@ -177,7 +179,7 @@ class Training:
         chosen = torch.linspace(0, len(self.held_out) - 1, min(HELD_OUT_WINDOWS, len(self.held_out))).long()
         self.policy.eval()
         errors = self.policy.errors(
-            self._batch(self.held_out, chosen, None), generator(self.config.seed, "held out", device=self.device)
+            self._batch(self.held_out, chosen, None), Draws(generator(self.config.seed, "held out", device=self.device))
         )
         return {f"held_out_{name}": value.item() for name, value in errors.items()}
 
@@ -237,20 +239,18 @@ class Training:
 
     def _warn_of_collapse(self, values: Any) -> None:
         """Once: the chunks of an observation agree. Right where a task has one mode, a failure where it has two."""
+        generated = self.config.drifting.generated
         past_warmup = self.samples_seen > max(self.config.warmup_samples, self.config.samples // 10)
-        if (
-            self._warned
-            or not is_main()
-            or not past_warmup
-            or "collapsed" not in values
-            or self.config.drifting.generated == 1
-        ):
+        if "collapsed" not in values or generated == 1 or not past_warmup or len(self._collapsed) == COLLAPSE_BATCHES:
             return
-        self._warned = True
-        if float(values["collapsed"]) > COLLAPSE_WARNING:
+        self._collapsed.append(values["collapsed"])
+        if len(self._collapsed) < COLLAPSE_BATCHES or not is_main():
+            return
+        share_collapsed = torch.stack(self._collapsed).mean().item()
+        if share_collapsed > COLLAPSE_WARNING:
             print(
-                f"note: in {float(values['collapsed']):.0%} of the observations all {self.config.drifting.generated} "
-                "chunks agree. If demonstrations of one observation differ, the policy averages them: see "
+                f"note: in {share_collapsed:.0%} of the observations all {generated} chunks agree. "
+                "If demonstrations of one observation differ, the policy averages them: see "
                 "drifting.normalize_over=x, drifting.repulsion=0, drifting.noise_skip",
                 flush=True,
             )

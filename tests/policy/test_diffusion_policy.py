@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from policy.diffusion_policy import DiffusionPolicy
+from policy.draws import Draws
 from tests.policy.tiny_policies import draws_of, tiny, tiny_batch
 
 
@@ -19,7 +20,7 @@ def diffusion(**options: Any) -> DiffusionPolicy:
 def test_loss_is_the_squared_error_of_the_noise_in_the_normalised_chunk() -> None:
     policy = diffusion()
     batch = tiny_batch(policy, positives=3)
-    output = policy.loss(batch, draws_of(3)[0])
+    output = policy.loss(batch, Draws(draws_of(3)[0]))
     draws = draws_of(3)[0]
     step, noise = torch.randint(7, (5,), generator=draws), torch.randn(5, 6, 2, generator=draws)
     clean = policy.normalizer.normalize("action", batch.actions[:, 0])  # the other two are of other observations

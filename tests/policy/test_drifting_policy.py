@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from driftfield import DriftingLoss
+from policy.draws import Draws
 from policy.drifting_policy import DriftingPolicy, signals
 from policy.policy import Batch
 from tests.policy.tiny_policies import draws_of, gradients, tiny, tiny_batch
@@ -38,7 +39,7 @@ def by_hand(policy: DriftingPolicy, batch: Batch, seed: int) -> tuple[Tensor, Te
 def test_loss_is_the_drifting_loss_of_whole_chunks(positives: int, field: dict[str, Any]) -> None:
     policy = drifting(noise_skip=0.5, loss=field)
     batch = tiny_batch(policy, positives=positives)
-    output = policy.loss(batch, draws_of(3)[0])
+    output = policy.loss(batch, Draws(draws_of(3)[0]))
     x, demonstrated = by_hand(policy, batch, 3)
     expected = DriftingLoss(**(FIELD | field))(x.reshape(5, GROUP, 12), demonstrated.reshape(5, positives, 12))
     torch.testing.assert_close(output.loss, expected.loss)
@@ -52,7 +53,7 @@ def test_loss_is_the_drifting_loss_of_whole_chunks(positives: int, field: dict[s
 def test_loss_by_step_is_the_mean_of_the_losses_of_the_steps() -> None:
     policy = drifting(loss_over="step")
     batch = tiny_batch(policy, positives=2)
-    output = policy.loss(batch, draws_of(3)[0])
+    output = policy.loss(batch, Draws(draws_of(3)[0]))
     x, demonstrated = by_hand(policy, batch, 3)
     steps = [DriftingLoss(**FIELD)(x[:, :, t], demonstrated[:, :, t]) for t in range(6)]
     torch.testing.assert_close(output.loss, sum(step.loss for step in steps) / 6)
@@ -60,7 +61,7 @@ def test_loss_by_step_is_the_mean_of_the_losses_of_the_steps() -> None:
     expected = gradients(policy, sum(step.loss.sum() for step in steps) / 6)
     for mine, theirs in zip(gradients(policy, output.loss.sum()), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
-    whole = drifting().loss(batch, draws_of(3)[0])
+    whole = drifting().loss(batch, Draws(draws_of(3)[0]))
     assert whole.values["lambda/0.3"] != output.values["lambda/0.3"]
 
 
@@ -115,6 +116,13 @@ def test_spread_is_that_of_a_group_as_a_part_of_the_data(deviation: float, colla
     assert found["collapsed"].item() == collapsed
 
 
+@pytest.mark.parametrize(("deviation", "collapsed"), [(0.0, 1.0), (0.04, 1.0), (0.5, 0.0)])
+def test_spread_is_the_deviation_itself_where_demonstrations_are_equal(deviation: float, collapsed: float) -> None:
+    found = signals(around(torch.randn(2, 1, 1, 1), deviation), torch.full((2, 1, 4, 2), 0.3))
+    assert found["spread"].item() == pytest.approx(deviation, abs=1e-6)
+    assert found["collapsed"].item() == collapsed
+
+
 def test_collapsed_is_a_share_of_the_groups() -> None:
     x = torch.cat([around(torch.zeros(1, 1, 1, 1), deviation) for deviation in (0.0, 1.0)])
     assert signals(x, POSITIVES)["collapsed"].item() == 0.5
@@ -146,7 +154,7 @@ def learn_two_ways(method: str, steps: int, **options: Any) -> Tensor:
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         side = torch.randint(2, (16, 1, 1, 1), generator=draws) * 2 - 1
-        loss = policy.loss(Batch({"state": state}, side * PATH), draws).loss
+        loss = policy.loss(Batch({"state": state}, side * PATH), Draws(draws)).loss
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from policy.draws import Draws
 from policy.observation import CameraEncoder, ObservationEncoder, SpatialSoftmax, centre_crop, random_crop
 
 
@@ -126,7 +127,8 @@ def test_the_spatial_softmax_is_the_mean_position() -> None:
 def test_random_crops_are_windows_at_offsets_from_0_to_all_but_the_last() -> None:
     rows = torch.arange(12, dtype=torch.uint8).view(1, 12, 1, 1).expand(2000, 12, 10, 1)
     columns = torch.arange(10, dtype=torch.uint8).view(1, 1, 10, 1).expand(2000, 12, 10, 1)
-    crops = random_crop(torch.cat((rows, columns), dim=3), 6, seeded())
+    images = torch.cat((rows, columns), dim=3).unflatten(0, (1000, 2))
+    crops = random_crop(images, 6, Draws(seeded())).flatten(0, 1)
     offsets = crops[:, 0, 0].long()
     window = torch.arange(6)
     assert torch.equal(crops[..., 0].long(), (offsets[:, 0, None] + window).unsqueeze(2).expand(-1, 6, 6))
@@ -140,16 +142,16 @@ def test_random_crops_are_windows_at_offsets_from_0_to_all_but_the_last() -> Non
 
 
 def test_a_crop_of_the_whole_image_is_the_image() -> None:
-    images = pictures(2, 8, 8, 3)
-    assert torch.equal(random_crop(images, 8, seeded()), images) and torch.equal(centre_crop(images, 8), images)
+    images = pictures(2, 1, 8, 8, 3)
+    assert torch.equal(random_crop(images, 8, Draws(seeded())), images) and torch.equal(centre_crop(images, 8), images)
 
 
 @pytest.mark.parametrize(("side", "crop"), [(84, 76), (96, 84), (240, 216)])
 def test_the_centre_crop_leaves_the_same_margin_on_every_side(side: int, crop: int) -> None:
-    images = torch.zeros(1, side, side, 1, dtype=torch.uint8)
+    images = torch.zeros(1, 2, side, side, 1, dtype=torch.uint8)
     margin = (side - crop) // 2
-    images[:, margin : side - margin, margin : side - margin] = 1
-    assert centre_crop(images, crop).shape == (1, crop, crop, 1) and centre_crop(images, crop).sum() == images.sum()
+    images[:, :, margin : side - margin, margin : side - margin] = 1
+    assert centre_crop(images, crop).shape == (1, 2, crop, crop, 1) and centre_crop(images, crop).sum() == images.sum()
 
 
 def test_crops_are_random_while_training_and_central_while_evaluating() -> None:
@@ -157,14 +159,14 @@ def test_crops_are_random_while_training_and_central_while_evaluating() -> None:
     seen: list[Tensor] = []
     encoder.encoders[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     given = {"image": pictures(2, 2, 48, 40, 3)}
-    first, again = (encoder(given, generator=seeded(3)) for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(encoder(given, generator=seeded(4)), first)
+    first, again = (encoder(given, draws=Draws(seeded(3))) for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(encoder(given, draws=Draws(seeded(4))), first)
     torch.manual_seed(5)
     free = encoder(given)
     torch.manual_seed(5)
-    assert torch.equal(encoder(given), free)  # without a generator, PyTorch's global one
+    assert torch.equal(encoder(given), free)  # without draws, those of PyTorch's global generator
     encoder.eval()
-    assert torch.equal(encoder(given, generator=seeded(3)), encoder(given, generator=seeded(4)))
+    assert torch.equal(encoder(given, draws=Draws(seeded(3))), encoder(given, draws=Draws(seeded(4))))
     central = given["image"][0, 1, 6:42, 2:38].permute(2, 0, 1).float() * (2 / 255) - 1
     torch.testing.assert_close(seen[-1][1], central)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from policy.draws import Draws
 from policy.policy import Batch
 from tests.policy.tiny_policies import draws_of, gradients, tiny, tiny_batch
 
@@ -9,7 +10,7 @@ from tests.policy.tiny_policies import draws_of, gradients, tiny, tiny_batch
 def test_loss_is_the_squared_error_of_an_observations_own_chunk() -> None:
     policy = tiny("regression")
     batch = tiny_batch(policy, positives=3)
-    output = policy.loss(batch, draws_of(0)[0])
+    output = policy.loss(batch, Draws(draws_of(0)[0]))
     own = policy.normalizer.normalize("action", batch.actions[:, 0])
     predicted = policy.network(torch.zeros(5, 6, 2), torch.zeros(5), policy.encode(batch.observation))
     expected = (predicted - own).square().mean((1, 2))
@@ -35,7 +36,7 @@ def test_it_reaches_the_mean_of_what_was_demonstrated() -> None:
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
     for _ in range(200):
         optimizer.zero_grad()
-        policy.loss(Batch({"state": state}, chunks), draws_of(0)[0]).loss.mean().backward()
+        policy.loss(Batch({"state": state}, chunks), Draws(draws_of(0)[0])).loss.mean().backward()
         optimizer.step()
     predicted = policy.predict({"state": state[3:5]}, draws_of(0, 1))
     torch.testing.assert_close(predicted[0], torch.full((4, 2), 0.25), rtol=0, atol=0.02)

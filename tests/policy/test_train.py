@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftfield import DriftingLoss
-from driftfield.training import generator, load_config, read_checkpoint, read_log, run_program
+from driftfield.training import load_config, read_checkpoint, read_log, run_program
 from policy import train
 from policy.config import CONFIG_DIR, TrainConfig
 from policy.methods import load_policy
@@ -286,59 +285,53 @@ def test_collapse_is_said_once_after_the_warm_up(data: Path, capsys: pytest.Capt
         for parameter in training.policy.network.out.parameters():  # type: ignore[union-attr]
             parameter.zero_()
     said = []
-    for _ in range(6):
+    for _ in range(16):
         training.step()
         said.append(capsys.readouterr().out)
-    assert said[:2] == ["", ""] and said[3:] == ["", "", ""]  # the warm-up has 16 samples, two steps
-    assert said[2].startswith("note: in 100% of the observations all 4 chunks agree.") and said[2].count("\n") == 1
+    last = said.pop(11)  # two steps of warm-up, and ten batches
+    assert not any(said)
+    assert last.startswith("note: in 100% of the observations all 4 chunks agree.") and last.count("\n") == 1
     spread = trainer(data)
-    for _ in range(6):
+    for _ in range(16):
         spread.step()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"), [([1.0] + 9 * [0.0], ""), ([0.0] + 9 * [1.0], ""), ([0.9] + 9 * [1.0], "99%")]
+)
+def test_one_batch_does_not_decide_on_collapse(
+    shares: list[float], words: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = trainer(data)
+    training.step_number = 3  # past the warm-up
+    for each in shares:
+        training._warn_of_collapse({"collapsed": torch.tensor(each)})
+    said = capsys.readouterr().out
+    assert (f"note: in {words} of the observations" in said) if words else not said
 
 
 # ---- several processes
 
 
-@pytest.mark.parametrize("held_out", [0.0, 0.25])
-def test_two_processes_take_the_steps_of_one_with_their_noise(held_out: float, data: Path, tmp_path: Path) -> None:
-    """Each process has noise of its own, so one that draws both processes' noise takes the same steps."""
-    words = ("samples=24", "log_every=8", f"demonstrations.held_out={held_out}")
-    started = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "policy.train",
-    ]
+@pytest.mark.parametrize(("method", "held_out"), [("drifting", 0.25), ("diffusion", 0.0)])
+def test_two_processes_take_the_steps_of_one(method: str, held_out: float, data: Path, tmp_path: Path) -> None:
+    words = ("samples=24", "log_every=8", f"method={method}", f"demonstrations.held_out={held_out}")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "policy.train"]
     ended = subprocess.run(
-        [*started, *overrides(tmp_path, data, *words)], env=environment(), cwd=tmp_path, capture_output=True, text=True,
-        timeout=115,
+        [sys.executable, *launcher, *overrides(tmp_path, data, *words)], env=environment(), cwd=tmp_path,
+        capture_output=True, text=True, timeout=115,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     alone = trainer(data, *words)
     first = {name: each.clone() for name, each in alone.policy.state_dict().items()}
-    policy, field = alone.policy, DriftingLoss((0.3,), normalize_over="x", repulsion=0.0)
-
-    def loss(batch: Batch, _: torch.Generator) -> PolicyLoss:
-        noise = torch.cat(
-            [torch.randn(4, 4, 16, 2, generator=generator(0, "noise", alone.step_number, start)) for start in (0, 4)]
-        )
-        cond = policy.encode(batch.observation).repeat_interleave(4, 0)
-        x = policy.network(noise.flatten(0, 1), torch.zeros(32), cond).view(8, 4, 32)
-        output = field(x, policy.normalizer.normalize("action", batch.actions).flatten(2))
-        return PolicyLoss(output.loss, {"lambda": output.drift_norm[0].detach()})
-
-    policy.loss = loss  # type: ignore[method-assign]
     steps = [alone.step() for _ in range(3)]
     log = read_log(tmp_path / "run" / "metrics.jsonl")
-    assert [line["lambda/0.3"] for line in log] == pytest.approx([float(step["lambda"]) for step in steps], rel=1e-4)
-    assert [line["gradient_norm"] for line in log] == pytest.approx([step["gradient_norm"] for step in steps], rel=1e-4)
+    for name in ["gradient_norm", *(["lambda/0.3"] if method == "drifting" else [])]:
+        assert [line[name] for line in log] == pytest.approx([float(step[name]) for step in steps], rel=1e-4)
     saved = read_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved is not None and saved.step == 3
-    for name, weight in policy.named_parameters():
+    for name, weight in alone.policy.named_parameters():
         assert (saved.tensors["model"][name] - weight).norm() < 0.01 * (weight - first[name]).norm(), name
 
 
