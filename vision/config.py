@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from driftfield import DriftingLoss
+from driftfield.backend import Backend
 from driftfield.drift import Field
 from driftfield.kernel import NormalizeOver
 from driftfield.sinkhorn import SecondBatch
@@ -93,6 +94,8 @@ class LossConfig:
     bias_correction: bool = option("of the centroids: no first-order bias of few samples (arXiv 2604.27239)")
     sinkhorn_iterations: int = option("of each coupling and τ", min=0)
     second_batch: SecondBatch = option("sinkhorn: what generated samples are coupled with, all others or a half")
+    backend: Backend = option("fused: kernels of a GPU; auto: where they serve; eager: formulas as they stand")
+    memory_mib: float | None = option("eager works in strips beyond this much for pairs, in MiB; null: never", above=0)
     check_finite: bool = option("stop at the first NaN or infinity, naming it; costs a wait for the device")
 
     def __post_init__(self) -> None:
