@@ -1,0 +1,1 @@
+"""What drifting is compared with, on the same transformer: flow matching, MeanFlow and a GAN."""
