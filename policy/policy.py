@@ -170,16 +170,21 @@ class Policy(nn.Module):
         Returns:
             `[B, A]`.
         """
-        while len(self._seen) < self.obs_steps:
-            self._seen.append(observation)  # the first observation stands for those before it
-        self._seen.append(observation)
+        window = self.window(observation)
         if ensemble is not None:
-            chunk = self.predict_chunk(self._last_observations(), generators)[:, self.obs_steps - 1 :]
+            chunk = self.predict_chunk(window, generators)[:, self.obs_steps - 1 :]
             ensemble.add(chunk.cpu().numpy())
             return torch.from_numpy(ensemble.action()).to(chunk)
         if not self._planned:
-            self._planned.extend(self.predict(self._last_observations(), generators).unbind(1))
+            self._planned.extend(self.predict(window, generators).unbind(1))
         return self._planned.popleft()
+
+    def window(self, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take in the present observation `[B, ...]`; the last To since `reset`, `[B, To, ...]`, the first repeated."""
+        while len(self._seen) < self.obs_steps:
+            self._seen.append(observation)
+        self._seen.append(observation)
+        return {key: torch.stack([seen[key] for seen in self._seen], dim=1) for key in observation}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors (normaliser included) into a folder.
@@ -198,9 +203,6 @@ class Policy(nn.Module):
             ValueError: config.json is another policy's, or the weights do not fit.
         """
         return read_weights(Path(folder), lambda: cls(**read_arguments(Path(folder), cls.__name__)))
-
-    def _last_observations(self) -> dict[str, Tensor]:
-        return {key: torch.stack([seen[key] for seen in self._seen], dim=1) for key in self._seen[-1]}  # [B, To, ...]
 
     def _normalized(self, actions: Tensor) -> Tensor:
         return self.normalizer.normalize(ACTION, actions.float())
