@@ -30,14 +30,15 @@ from driftfield.training import (
 )
 from driftfield.training.atomic_file import to_json
 from driftfield.training.device import choose_device
-from vision import train
+from vision import train, train_rival
 from vision.ablation_table import Outcome, Table, outcomes_of, training_rate, write_table
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.evaluate import judged_splits, load_judge
 from vision.real import load_real
+from vision.rivals.config import RivalConfig
 from vision.train_mae import trained_mae
 
-ProgramName = Literal["vision.train"]
+ProgramName = Literal["vision.train", "vision.train_rival"]
 BaseName = Literal["digits", "fashion_mnist"]
 SAME_TIME: Final = 0.05  # a row whose speed differs by less from the first row's has trained as long as that already
 POLL_S: Final = 0.1
@@ -51,7 +52,7 @@ NOT_OF_WEIGHTS: Final = (
 class Program(NamedTuple):
     """What trains a row."""
 
-    schema: type[TrainConfig]
+    schema: type[TrainConfig] | type[RivalConfig]
     config_dir: Path
     config_name: str
     may_change: Sequence[str]  # keys that may differ when a run goes on
@@ -59,6 +60,7 @@ class Program(NamedTuple):
 
 PROGRAMS: Final[dict[ProgramName, Program]] = {
     "vision.train": Program(TrainConfig, CONFIG_DIR, "train", train.MAY_CHANGE),
+    "vision.train_rival": Program(RivalConfig, CONFIG_DIR / "rivals", "train_rival", train_rival.MAY_CHANGE),
 }
 
 
@@ -124,7 +126,7 @@ class Run(NamedTuple):
     row: str
     seed: int
     program: ProgramName
-    config: TrainConfig
+    config: TrainConfig | RivalConfig
     commands: tuple[tuple[str, ...], ...]
     guidance_scales: tuple[float, ...]
 
@@ -168,13 +170,15 @@ def run_of(config: AblateConfig, name: str, seed: int, *more: str) -> Run:
         common = _compose(row.program, (*config.base.overrides.get(row.program, ()), *own))
     except UserError as error:
         raise UserError(f"table {config.table.name}, row {name!r}: {error}") from error
-    identity = {key: value for key, value in to_plain(common.encoder).items() if key not in NOT_OF_WEIGHTS}
-    encoder = home / "encoders" / _digest(identity)  # equal encoders are trained once
-    composed = replace(common, seed=seed, run_dir=folder, encoder=replace(common.encoder, run_dir=encoder))
-    overrides = [*config.base.overrides.get(row.program, ()), *own]
-    overrides += [f"seed={seed}", f"run_dir={folder}", f"encoder.run_dir={encoder}"]
+    overrides = [*config.base.overrides.get(row.program, ()), *own, f"seed={seed}", f"run_dir={folder}"]
+    composed: TrainConfig | RivalConfig = replace(common, seed=seed, run_dir=folder)
+    if isinstance(composed, TrainConfig):
+        identity = {key: value for key, value in to_plain(composed.encoder).items() if key not in NOT_OF_WEIGHTS}
+        encoder = home / "encoders" / _digest(identity)  # equal encoders are trained once
+        composed = replace(composed, encoder=replace(composed.encoder, run_dir=encoder))
+        overrides.append(f"encoder.run_dir={encoder}")
     commands: list[tuple[str, ...]] = [(row.program, *overrides)]
-    scales = config.table.guidance_scales
+    scales = config.table.guidance_scales if isinstance(composed, TrainConfig) else ()
     if scales:
         alphas = ",".join(f"{alpha:g}" for alpha in scales)
         words = (f"run_dir={folder}", f"guidance_scales=[{alphas}]", f"num={composed.evaluate_images}")
@@ -183,7 +187,7 @@ def run_of(config: AblateConfig, name: str, seed: int, *more: str) -> Run:
 
 
 @cache
-def _compose(program: ProgramName, overrides: tuple[str, ...]) -> TrainConfig:
+def _compose(program: ProgramName, overrides: tuple[str, ...]) -> TrainConfig | RivalConfig:
     schema, config_dir, config_name, _ = PROGRAMS[program]
     return load_config(schema, config_dir=config_dir, config_name=config_name, overrides=overrides)
 
@@ -226,10 +230,11 @@ def prepare(runs: Sequence[Run], stop: StopRequest) -> None:
         Stopped: a stop was requested.
         UserError: the data or a folder do not allow it.
     """
-    encoders = {run.config.encoder.run_dir: run.config for run in runs if not is_finished(run)}
-    judges = {(config.judge.folder, config.judge.epochs): config for config in encoders.values()}
+    configs = [run.config for run in runs if isinstance(run.config, TrainConfig)]
+    judges = {(config.judge.folder, config.judge.epochs): config for config in configs}
     for config in judges.values():
         load_judge(config.judge, *judged_splits(config), choose_device(config.device))
+    encoders = {config.encoder.run_dir: config for config in configs}
     for config in encoders.values():
         if config.encoder.features and not config.encoder.pretrained:
             device, real = choose_device(config.device), load_real(config.data)

@@ -74,6 +74,8 @@ def outcomes_of(folder: Path, row: str, seed: int, guidance_scales: Sequence[flo
             if not set(guidance_scales) <= entries.keys():
                 return []
             ways = {f"α = {scale:g}": _evaluation(entries[scale]) for scale in guidance_scales}
+        elif "rows" in results:  # of vision.train_rival
+            ways = {_sampler(entry): _evaluation(entry["evaluation"]) for entry in results["rows"]}
         else:
             ways = {"": _evaluation(results["evaluation"])}
         images = int(results["images_seen"])
@@ -81,6 +83,11 @@ def outcomes_of(folder: Path, row: str, seed: int, guidance_scales: Sequence[flo
         raise UserError(f"{path}: expected the figures of a run of this version, found: {error!r}") from error
     rate, norm = training_rate(folder), _last_drift_norm(folder)
     return [Outcome(row, seed, str(folder), how, images, rate, norm, evaluation) for how, evaluation in ways.items()]
+
+
+def _sampler(entry: Mapping[str, Any]) -> str:
+    guided = "" if entry["guidance_scale"] == 1 else f", α = {entry['guidance_scale']:g}"
+    return f"{entry['sampler']}, {entry['evaluations']} evaluations{guided}"
 
 
 def _evaluation(figures: Mapping[str, Any]) -> EvaluationResult:

@@ -18,7 +18,7 @@ from PIL import Image
 from driftfield.training import Stopped, StopRequest, UserError, load_config, run_program
 from vision import ablate, evaluate, train
 from vision.ablate import AblateConfig, BaseName, RowConfig, Run
-from vision.ablation_table import Outcome, Table, markdown, training_rate
+from vision.ablation_table import Outcome, Table, markdown, outcomes_of, training_rate
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.metrics import EvaluationResult
 
@@ -58,8 +58,10 @@ def test_every_row_of_every_table_is_a_training_that_vision_train_takes(table: s
     for run in runs:
         assert run.config.data.name == base and run.config.seed == 0
         assert run.config.images == runs[0].config.images
-        assert run.config.evaluate_guidance_scale == runs[0].config.evaluate_guidance_scale
-        assert run.config.images_per_step == runs[0].config.images_per_step  # so the steps are equally many too
+        assert run.config.evaluate_images == runs[0].config.evaluate_images
+        if run.program == "vision.train":
+            assert run.config.evaluate_guidance_scale == runs[0].config.evaluate_guidance_scale
+            assert run.config.images_per_step == runs[0].config.images_per_step  # so the steps are equally many too
 
 
 def test_runs_are_shared_by_tables_and_encoders_by_rows_with_the_same_encoder() -> None:
@@ -260,6 +262,21 @@ def test_equal_time_gives_a_row_of_half_the_speed_half_the_images(tmp_path: Path
     assert not {run.folder for run in runs} & {run.folder for run in ablate.runs_of(config)}
 
 
+def test_a_rival_is_listed_in_every_way_that_it_is_sampled(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    log(folder, 100.0)
+    entries = [
+        {"sampler": "euler", "evaluations": 10, "guidance_scale": 1.0, "evaluation": figures(3.0)._asdict()},
+        {"sampler": "heun", "evaluations": 20, "guidance_scale": 2.0, "evaluation": figures(2.0)._asdict()},
+    ]
+    results = {"method": "flow_matching", "images_seen": 8000, "rows": entries}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    found = outcomes_of(folder, "flow matching", 0)
+    assert [each.sampled for each in found] == ["euler, 10 evaluations", "heun, 20 evaluations, α = 2"]
+    assert [each.evaluation and each.evaluation.frechet for each in found] == [3.0, 2.0]
+    assert found[0].seconds == pytest.approx(80)
+
+
 def figures(frechet: float) -> EvaluationResult:
     shares = dict.fromkeys(("precision", "recall", "coverage", "coverage_real", "coverage_pixels", "agreement"), 0.5)
     return EvaluationResult(
@@ -294,6 +311,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # of a machine that is busy; a minute otherwise
 def test_killed_with_all_its_processes_and_stopped_it_goes_on_to_the_same_figures(tmp_path: Path) -> None:
     def start(name: str) -> subprocess.Popen[str]:
         quoted = ",".join(f'"{word}"' for word in (*TINY, f"judge.folder={tmp_path}/judges"))
