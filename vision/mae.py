@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from driftfield.checks import working_dtype
 from vision.features import FAMILIES, multi_scale_features, root_mean_square
 from vision.pretrained import Pretrained
 
@@ -30,6 +31,8 @@ class MAELoss(NamedTuple):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation with as many groups, up to 32, as divide the channels (paper A.3).
 
+    Computed in float32; the result has the dtype of the map and its layout in memory.
+
     >>> GroupNorm(48).num_groups
     24
     """
@@ -37,6 +40,21 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         groups = next(groups for groups in range(min(MAX_GROUPS, channels), 0, -1) if channels % groups == 0)
         super().__init__(groups, channels, eps=NORM_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # PyTorch's own on a GPU returns channels apart in memory, whatever it is given, and float32 under autocast.
+        return self.normalize(x) if x.is_cuda else super().forward(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """The same, written out: moments of each channel, from them those of its group, then one pass over the map."""
+        exact = x.to(working_dtype(x))
+        variance, mean = torch.var_mean(exact, dim=(2, 3), correction=0)  # [B, C]
+        variance, mean = (moment.unflatten(1, (self.num_groups, -1)) for moment in (variance, mean))  # [B, groups, C/g]
+        centre = mean.mean(2, keepdim=True)
+        spread = (variance + (mean - centre).square()).mean(2, keepdim=True)
+        scale = self.weight.view(self.num_groups, -1) * (spread + self.eps).rsqrt()  # [B, groups, C/g]
+        centre, scale = (moment.expand_as(mean).flatten(1)[..., None, None] for moment in (centre, scale))
+        return ((exact - centre) * scale + self.bias[:, None, None]).to(x.dtype)
 
 
 class ConvNorm(nn.Module):

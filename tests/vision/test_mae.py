@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.vision.release_artifacts import golden_mae, nchw
+from vision import mae as module
 from vision.convert import convert
 from vision.mae import BasicBlock, GroupNorm, MAELoss, ResNetMAE
 
@@ -307,3 +309,33 @@ def test_bfloat16_autocast() -> None:
         assert feature.dtype == torch.float32 or "mean" not in name and "std" not in name
     sum(feature.float().sum() for feature in features.values()).backward()
     assert images.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 48, 5, 6), (3, 4, 1, 1), (1, 64, 4, 4)])
+def test_normalization_written_out_is_pytorchs(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    norm = GroupNorm(shape[1])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(shape) * 3 + 10).contiguous(memory_format=layout)
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, norm.weight, norm.bias)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    norm.weight, norm.bias = (nn.Parameter(tensor) for tensor in inputs[1:])
+    found, expected = norm.normalize(inputs[0]), F.group_norm(exact[0], norm.num_groups, *exact[1:], norm.eps)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=layout)
+    weight = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weight).sum(), [inputs[0], norm.weight, norm.bias])
+    for gradient, wanted in zip(gradients, torch.autograd.grad((expected * weight).sum(), exact), strict=True):
+        torch.testing.assert_close(gradient, wanted.float(), rtol=1e-4, atol=1e-4)
+    narrow = norm.normalize(x.bfloat16())
+    expected = F.group_norm(x.bfloat16().double(), norm.num_groups, *exact[1:], norm.eps)
+    torch.testing.assert_close(narrow, expected.bfloat16(), rtol=2**-7, atol=1e-5)
+
+
+def test_maps_on_a_gpu_have_their_channels_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what PyTorch knows of each operation on a GPU; nothing is computed."""
+    monkeypatch.setattr(module, "_initialize", lambda layer: None)  # it looks at values
+    with FakeTensorMode(), torch.device("cuda"):
+        maps = make_mae(blocks=(2, 2)).encode(torch.empty(2, 2, 8, 8))
+    assert all(feature_map.is_contiguous(memory_format=torch.channels_last) for feature_map in maps.values())
