@@ -353,6 +353,34 @@ def load_encoder(
     return encoders[kinds[0]] if len(kinds) == 1 else JoinedEncoders(encoders)
 
 
+def round_weights(encoder: nn.Module) -> None:
+    """Keep frozen weights of convolutions and linear maps in bfloat16, to which autocast rounds them at every call.
+
+    Under autocast to bfloat16 the features stay the same. Autocast remembers what it rounded only of weights that take
+    a gradient; and convolutions find their weights channels last, as the maps are. A tokenizer's weights stay float32.
+
+    Args:
+        encoder: changed in place.
+
+    Raises:
+        ValueError: a weight takes a gradient.
+
+    >>> mae = ResNetMAE(in_channels=1, base_channels=4, blocks=(1,), num_classes=2).requires_grad_(False)
+    >>> round_weights(mae)
+    >>> mae.encoder.stem.conv.weight.dtype, mae.encoder.stem.norm.weight.dtype
+    (torch.bfloat16, torch.float32)
+    """
+    if any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ValueError("encoder: expected frozen weights, found some that take a gradient")
+    if isinstance(encoder, nn.Conv2d | nn.Linear):
+        encoder.to(torch.bfloat16)
+    if isinstance(encoder, nn.Conv2d):
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for child in [encoder.encoder] if isinstance(encoder, ThroughDecoder) else encoder.children():
+        if isinstance(child, nn.Module):
+            round_weights(child)
+
+
 def imagenet_input(images: Tensor, image_size: int, *, normalize: bool = True) -> Tensor:
     """Images as networks trained on ImageNet take them: [0, 1], mean and standard deviation, square size.
 

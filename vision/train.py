@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from driftfield import (
@@ -52,7 +52,7 @@ from driftfield.training.schedule import annealed_factor
 from driftfield.training.visits import Epochs, sample_ids
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import RealSamples, require_per_class
-from vision.encoders import load_encoder
+from vision.encoders import load_encoder, round_weights
 from vision.evaluate import MODEL, SNAPSHOTS, Judgement, judged_splits, table
 from vision.features import Encoder, family_of, group_by_label, image_features
 from vision.generator import ImageGenerator
@@ -93,11 +93,13 @@ class Training:
     Args:
         config: as the program was told.
         real: real training samples.
-        encoder: frozen; None drifts in the samples themselves alone.
+        encoder: frozen; None drifts in the samples themselves alone. With `bfloat16`, its weights are rounded in place.
         device: where to compute.
     """
 
     def __init__(self, config: TrainConfig, real: RealSamples, encoder: Encoder | None, device: torch.device) -> None:
+        if config.bfloat16 and isinstance(encoder, nn.Module):
+            round_weights(encoder)
         self.config, self.real, self.encoder, self.device = config, real, encoder, device
         self.step_number = 0
         channels, image_size, _ = real.sample_shape

@@ -25,6 +25,7 @@ from vision.encoders import (
     fingerprint,
     imagenet_input,
     load_encoder,
+    round_weights,
 )
 from vision.features import FAMILIES, multi_scale_features
 from vision.mae import ResNetMAE
@@ -250,6 +251,42 @@ def test_statistics_are_float32_under_autocast(kind: str, resnet: ResNet50) -> N
         if "_mean" in name or "_std" in name:
             assert feature.dtype == torch.float32, name
         assert ((feature - exact[name]).norm() / exact[name].norm()).item() < 0.05, name
+
+
+@pytest.mark.parametrize("kind", ["mae", "convnext", "decoder"])
+def test_weights_rounded_once_give_the_features_of_weights_rounded_at_every_call(kind: str) -> None:
+    mae = make_mae().requires_grad_(False)
+    encoder = {
+        "mae": mae,
+        "convnext": make_convnext(),
+        "decoder": ThroughDecoder(Tokenizer(autoencoder(), bfloat16=True), JoinedEncoders({"mae": mae})),
+    }[kind]
+    images = make_images(channels=4, size=8) if kind == "decoder" else make_images()
+    images.requires_grad_()
+
+    def features_and_gradient() -> tuple[dict[str, Tensor], Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = encoder.features(images)
+        return features, torch.autograd.grad(sum(part.float().square().mean() for part in features.values()), images)[0]
+
+    expected, expected_gradient = features_and_gradient()
+    round_weights(encoder)
+    assert (features_and_gradient()[1] - expected_gradient).norm() / expected_gradient.norm() < 0.02  # of bfloat16
+    for part in encoder.modules():  # in the layout that they had
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = part.weight.data.contiguous()
+    found, gradient = features_and_gradient()
+    assert all(torch.equal(found[name], feature) for name, feature in expected.items())
+    assert torch.equal(gradient, expected_gradient)
+    rounded = {type(part) for part in encoder.modules() if getattr(part, "weight", images).dtype == torch.bfloat16}
+    assert rounded and rounded <= {nn.Conv2d, nn.Linear}
+    if kind == "decoder":
+        assert {parameter.dtype for parameter in encoder.tokenizer.parameters()} == {torch.float32}
+
+
+def test_only_frozen_weights_are_rounded() -> None:
+    with pytest.raises(ValueError, match="encoder: expected frozen weights, found some that take a gradient"):
+        round_weights(make_mae())
 
 
 def test_frozen_encoders_stay_in_evaluation_mode(resnet: ResNet50) -> None:

@@ -25,6 +25,7 @@ from driftfield.training import (
 from vision import evaluate, train
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import load
+from vision.mae import ResNetMAE
 from vision.train import Training
 
 TINY = (
@@ -251,6 +252,24 @@ def gradient(training: Training, at_once: int | None, statistics: Literal["batch
     return torch.cat(
         [parameter.grad.flatten() for parameter in training.generator.parameters() if parameter.grad is not None]
     )
+
+
+def test_a_step_in_bfloat16_takes_weights_rounded_once(
+    finished: Path, judge_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = overrides(finished, judge_folder, "bfloat16=true", "encoder.features=abcd")
+    config = load_config(TrainConfig, config_dir=CONFIG_DIR, config_name="train", overrides=words)
+    values = []
+    for rounded in (True, False):
+        torch.manual_seed(0)
+        encoder = ResNetMAE(in_channels=1, base_channels=16, blocks=(2,), num_classes=2).requires_grad_(False)
+        if not rounded:
+            monkeypatch.setattr(train, "round_weights", lambda encoder: None)
+        training = Training(config, load("digits", "train"), encoder, torch.device("cpu"))
+        assert (encoder.encoder.stem.conv.weight.dtype == torch.bfloat16) == rounded
+        values.append(training.step())
+    for name in ("loss", "lambda", "gradient_norm"):
+        assert float(values[0][name]) == pytest.approx(float(values[1][name]), rel=0.02), name
 
 
 def test_pieces_with_the_statistics_of_the_batch_give_its_gradient(training: Training) -> None:
