@@ -82,6 +82,18 @@ def check_options(options: FieldOptions) -> None:
             raise ValueError(f"second_batch={options.second_batch!r} needs field='sinkhorn', got {options.field!r}")
 
 
+def check_repulsion(num_generated: int, num_unconditional: int, options: FieldOptions) -> None:
+    """Refuse groups of one sample that nothing repels.
+
+    Raises:
+        ValueError: so they are.
+
+    >>> check_repulsion(1, 0, FieldOptions((0.2,), True, 1e-6, "xy", 1.0, 1.0))  # the floor gives it affinity to itself
+    """
+    if num_generated == 1 and num_unconditional == 0 and options.affinity_floor == 0 and options.repulsion:
+        raise ValueError("a group of one generated sample has nothing that repels it: give 2 or unconditional ones")
+
+
 def compute_forces(
     distance: Tensor,
     x: Tensor,

@@ -17,6 +17,7 @@ from driftfield.drift import (
     Field,
     FieldOptions,
     check_options,
+    check_repulsion,
 )
 from driftfield.kernel import NormalizeOver
 from driftfield.normalization import sum_over_processes
@@ -173,7 +174,8 @@ class DriftingLoss(nn.Module):
         """
         batch = DriftingBatch(x, positives, unconditional, unconditional_weight)
         self._check(batch)
-        if self.options.normalize_features and self.normalize_drift and not torch.compiler.is_compiling():
+        normalized = self.options.normalize_features and self.normalize_drift
+        if normalized and not self.share_groups and not torch.compiler.is_compiling():
             _warn_of_regression(x.shape[-2], positives.shape[-2], unconditional is None, self.options.normalize_over)
         with torch.autocast(x.device.type, enabled=False):
             drift = self._drift(batch, temperature_factor)
@@ -223,7 +225,7 @@ class DriftingLoss(nn.Module):
     def _drift(self, batch: DriftingBatch, temperature_factor: float) -> Drift:
         options = self._options(temperature_factor)
         if self.share_groups:
-            return RingDrift(batch, options)
+            return RingDrift(batch, options, memory_mib=self.memory_mib)
         return choose_drift(batch, options, backend=self.backend, memory_mib=self.memory_mib)
 
     def _options(self, temperature_factor: float) -> FieldOptions:
@@ -244,8 +246,8 @@ class DriftingLoss(nn.Module):
         x, positives, unconditional, weight = batch
         check_points(x=x, positives=positives, **({} if unconditional is None else {"unconditional": unconditional}))
         check_weight("unconditional_weight", weight, "unconditional", unconditional)
-        if x.shape[-2] == 1 and unconditional is None and self.options.affinity_floor == 0 and self.options.repulsion:
-            raise ValueError("a group of one generated sample has nothing that repels it: give 2 or unconditional ones")
+        if not self.share_groups:  # else the others may have what repels the only sample here
+            check_repulsion(x.shape[-2], 0 if unconditional is None else unconditional.shape[-2], self.options)
         if self.check_finite:
             check_finite(x=x, positives=positives, unconditional=unconditional, unconditional_weight=weight)
 

@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from driftfield.checks import working_dtype
-from driftfield.drift import SCALE_FLOOR, DriftingBatch, FieldOptions, coordinate_scale, regress, target_weight
+from driftfield.drift import (
+    SCALE_FLOOR,
+    DriftingBatch,
+    FieldOptions,
+    check_repulsion,
+    coordinate_scale,
+    regress,
+    target_weight,
+)
 from driftfield.kernel import CentredPoints, centre_at
 from driftfield.normalization import count_varying, distance_sums, force_sums, sum_over_processes
 from driftfield.tiled import (
@@ -73,12 +81,12 @@ class RingDrift:
     Args:
         batch: checked; the own part of the samples of every group. The groups are the same in all processes.
         options: of the field.
-        memory_mib: for the matrices of pairs. Beside them, three copies of the own targets in the working precision
-            are held, and two forces on the own x for every temperature.
+        memory_mib: for the matrices of pairs; None: 256. Beside them, three copies of the own targets in the working
+            precision are held, and two forces on the own x for every temperature.
 
     Raises:
-        ValueError: the processes differ in groups, dimension, dtype or options, or have an option that this way of
-            computing does not know.
+        ValueError: the processes differ in groups, dimension, dtype or options, have an option that this way of
+            computing does not know, or together one sample that nothing repels.
 
     >>> options = FieldOptions((0.2,), True, 1e-6, "xy", 1.0, 1.0)
     >>> drift = RingDrift(DriftingBatch(torch.randn(2, 8, 3), torch.randn(2, 8, 3)), options)
@@ -86,7 +94,7 @@ class RingDrift:
     torch.Size([2])
     """
 
-    def __init__(self, batch: DriftingBatch, options: FieldOptions, *, memory_mib: float = MEMORY_MIB) -> None:
+    def __init__(self, batch: DriftingBatch, options: FieldOptions, *, memory_mib: float | None = None) -> None:
         reason = unsupported(batch, options)
         if reason is not None:
             raise ValueError(f"groups shared by all processes: {reason}")
@@ -94,11 +102,13 @@ class RingDrift:
         is_up = dist.is_available() and dist.is_initialized()
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if is_up else (0, 1)
         self._counts = _agree(batch, options, self._world)
+        generated, unconditional, _ = (sum(numbers) for numbers in zip(*self._counts, strict=True))
+        check_repulsion(generated, unconditional, options)
         self._forces: list[Tensor] = []
         with torch.no_grad():
             centred = self._centre(batch)
             self._points, self._unit = centred.points, centred.unit
-            self._entries = max(1, int(memory_mib * 2**20 / self._points.itemsize / STRIP_MATRICES))
+            self._entries = max(1, int((memory_mib or MEMORY_MIB) * 2**20 / self._points.itemsize / STRIP_MATRICES))
             self._weight = target_weight(batch, self._points.dtype).view(self._points.shape[:-1])
             sums, self._nearest_of_rows, self._nearest_of_columns = self._first_pass()
             self.scale_sums = torch.cat([sums, count_varying(centred, batch.x.dtype)[None]])

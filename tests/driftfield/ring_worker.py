@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from driftfield import DriftingBatch, DriftingLoss, ring
-from driftfield.drift import Drift
+from driftfield import DriftingBatch, DriftingLoss
 
 Arrays = dict[str, np.ndarray]
 PARTS = {  # N, P, M of each rank, per world size
@@ -23,19 +22,6 @@ PARTS = {  # N, P, M of each rank, per world size
     2: [(5, 2, 3), (2, 4, 0)],
     3: [(1, 3, 1), (4, 1, 0), (2, 2, 2)],
 }
-
-
-class SharedGroups(DriftingLoss):
-    memory_mib = ring.MEMORY_MIB
-
-    def _drift(self, batch: DriftingBatch, *_: Any) -> Drift:
-        return ring.RingDrift(batch, self.options, memory_mib=self.memory_mib)
-
-
-def shared_groups(memory_mib: float, **options: Any) -> DriftingLoss:
-    loss_fn = SharedGroups(**options)
-    loss_fn.memory_mib = memory_mib
-    return loss_fn
 
 
 def whole_batch() -> DriftingBatch:
@@ -95,11 +81,10 @@ def own_part(
     *,
     batch: Callable[[], DriftingBatch] = whole_batch,
     dtype: torch.dtype = torch.float32,
-    memory_mib: float = ring.MEMORY_MIB,
     **options: Any,
 ) -> Arrays:
     """What one process finds; alone, what the plain loss of the whole batch is."""
-    loss_fn = DriftingLoss(**options) if world == 1 else shared_groups(memory_mib, **options)
+    loss_fn = DriftingLoss(**options, share_groups=world > 1)
     part = part_of(batch(), world, rank)
     part = DriftingBatch(*(None if tensor is None else tensor.to(dtype) for tensor in part))
     return compute(loss_fn, part)
@@ -107,7 +92,7 @@ def own_part(
 
 def exact_accumulation(world: int, rank: int) -> Arrays:
     """Groups one after another, after a pass for the scalars of all of them."""
-    loss_fn = DriftingLoss() if world == 1 else SharedGroups()
+    loss_fn = DriftingLoss(share_groups=world > 1)
     whole = part_of(whole_batch(), world, rank)
     parts = [DriftingBatch(*(None if tensor is None else tensor[i] for tensor in whole)) for i in range(2)]
     statistics = loss_fn.statistics(parts)
@@ -131,7 +116,7 @@ def disagreement(world: int, rank: int) -> Arrays:
         (x, {"temperatures": (0.1,) if last else (0.2,)}),
     ):
         try:
-            SharedGroups(**options)(batch, batch)
+            DriftingLoss(**options, share_groups=True)(batch, batch)
             messages.append("")
         except ValueError as error:
             messages.append(str(error))

@@ -17,6 +17,8 @@ from driftfield import DriftingLoss
 from . import ring_worker as worker
 from .oracle import relative_error
 
+pytestmark = pytest.mark.timeout(400)  # a machine with other work: the processes wait for each other at every block
+
 REPOSITORY = Path(__file__).parents[2]
 Shares = list[dict[str, np.ndarray]]  # what each rank returned
 
@@ -29,10 +31,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Shares
     command = [sys.executable, worker.__file__]
     processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(3)]
     try:
-        codes = [process.wait(timeout=100) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     assert codes == [0] * 3
     return lambda name, world: [dict(np.load(folder / f"{name}-{world}-{rank}.npz")) for rank in range(world)]
 
@@ -87,9 +90,14 @@ def test_processes_that_differ_are_told_so(run: Callable[[str, int], Shares], wo
 @pytest.mark.parametrize("options", [{}, {"normalize_over": "x", "repulsion": 0.0}, {"recipe": "paper"}])
 def test_one_process_alone_in_tiles_of_any_size(memory_mib: float, options: dict[str, Any]) -> None:
     expected = worker.compute(DriftingLoss(**options), worker.whole_batch())
-    found = worker.compute(worker.shared_groups(memory_mib, **options), worker.whole_batch())
+    found = worker.compute(DriftingLoss(**options, share_groups=True, memory_mib=memory_mib), worker.whole_batch())
     assert relative_error(found["loss"], expected["loss"]) < 1e-5
     assert relative_error(found["gradient"], expected["gradient"]) < 1e-5
+
+
+def test_a_sample_that_nothing_repels_is_refused() -> None:
+    with pytest.raises(ValueError, match="one generated sample has nothing that repels it"):
+        DriftingLoss(affinity_floor=0.0, share_groups=True)(torch.randn(1, 2), torch.randn(3, 2))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -110,7 +118,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_matrix_of_the_size_of_a_group_is_made() -> None:
     x, positives, memory_mib = torch.randn(1, 100, 2), torch.randn(1, 100, 2), 4e-3
     sizes = []
-    for loss_fn in (worker.shared_groups(memory_mib, temperatures=(0.2,)), DriftingLoss((0.2,))):
+    for loss_fn in (DriftingLoss((0.2,), share_groups=True, memory_mib=memory_mib), DriftingLoss((0.2,))):
         with LargestTensor() as largest:
             loss_fn(x, positives)
         sizes.append(largest.entries)
