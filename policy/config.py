@@ -50,6 +50,8 @@ class DriftingConfig:
     loss_over: LossOver = option("drift whole chunks, or every time step by itself")
     noise_skip: float = option("sigma: the output is net(z) + sigma z", min=0)
     temperatures: tuple[float, ...] = option("tau, multiples of the mean distance", above=0)
+    temperature_start: float = option("factor of every tau at first; falls or rises geometrically to 1", above=0)
+    temperature_fraction: float = option("first part of the training over which it does", min=0, max=1)
     recipe: Recipe = option("names the defaults of DriftingLoss")
     normalize_over: NormalizeOver = option("softmax over: x keeps modes with one demonstration per observation")
     attraction: float = option("factor on the pull of demonstrations", min=0)

@@ -67,10 +67,15 @@ class DriftingPolicy(Policy):
         """Chunks `[B, T, A]` of features `[B, To, C]` and noise `[B, T, A]`: one evaluation of the network."""
         return self.network(noise, noise.new_zeros(len(noise)), cond) + self.noise_skip * noise
 
-    def loss(self, batch: Batch, draws: Draws) -> PolicyLoss:
-        """The drifting loss of each observation, with its G chunks and K demonstrations as one group."""
+    def loss(self, batch: Batch, draws: Draws, *, temperature_factor: float = 1.0) -> PolicyLoss:
+        """The drifting loss of each observation, with its G chunks and K demonstrations as one group.
+
+        Args:
+            batch, draws: as for every policy.
+            temperature_factor: multiplies every tau, > 0, so that training can anneal them.
+        """
         x, positives = self._groups(batch, draws)
-        output = self._drift(x, positives)
+        output = self._drift(x, positives, temperature_factor)
         return PolicyLoss(output.loss, {**self._norms(output), **signals(x.detach(), positives)})
 
     def errors(self, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
@@ -89,12 +94,15 @@ class DriftingPolicy(Policy):
         x = self.generate(cond.repeat_interleave(self.generated, 0), noise.flatten(0, 1)).view(shape)
         return x, self._normalized(batch.actions)
 
-    def _drift(self, x: Tensor, positives: Tensor) -> DriftingOutput:
-        if self.loss_over == "chunk":
-            return self.drifting_loss(x.flatten(2), positives.flatten(2))  # [B, G, T A], [B, K, T A]
+    def _drift(self, x: Tensor, positives: Tensor, factor: float) -> DriftingOutput:
+        if self.loss_over == "chunk":  # [B, G, T A], [B, K, T A]
+            return self.drifting_loss(x.flatten(2), positives.flatten(2), temperature_factor=factor)
         steps = range(self.horizon)
         output = sum_over_features(
-            self.drifting_loss, {str(t): x[:, :, t] for t in steps}, {str(t): positives[:, :, t] for t in steps}
+            self.drifting_loss,
+            {str(t): x[:, :, t] for t in steps},
+            {str(t): positives[:, :, t] for t in steps},
+            temperature_factor=factor,
         )
         return output._replace(loss=output.loss / self.horizon, drift_norm=output.drift_norm.mean(0))
 

@@ -38,7 +38,7 @@ from driftfield.training import (
 )
 from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.device import choose_device
-from driftfield.training.schedule import warmup_cosine
+from driftfield.training.schedule import annealed_factor, warmup_cosine
 from driftfield.training.visits import Epochs, sample_ids
 from policy.chunks import draw_chunks
 from policy.collect import CollectConfig
@@ -47,10 +47,11 @@ from policy.config import CONFIG_DIR, TrainConfig
 from policy.data_error import DataError
 from policy.demonstrations import load_demonstrations
 from policy.draws import Draws
+from policy.drifting_policy import DriftingPolicy
 from policy.methods import METHODS
 from policy.neighbours import nearest_windows
 from policy.normalizer import Normalizer, task_parts
-from policy.policy import MODEL, SNAPSHOTS, Batch, Policy
+from policy.policy import MODEL, SNAPSHOTS, Batch, Policy, PolicyLoss
 from policy.replay_buffer import ACTION, ReplayBuffer
 from policy.rollout import Episode, PolicyError, RolloutError, rollout
 from policy.success import best_and_last, summarize, table
@@ -136,7 +137,7 @@ class Training:
         noise = generator(self.config.seed, "noise", self.step_number, 0, device=self.device)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.policy.loss(batch, Draws(noise, mine, size))
+        output = self._loss(batch, Draws(noise, mine, size))
         (output.loss.sum() / size).backward()
         gradient_norm = self.update(self._learning_rate())
         self.step_number += 1
@@ -225,6 +226,18 @@ class Training:
             {key: self._arrays[key][seen].to(self.device) for key in self._arrays if key != ACTION},
             self._arrays[ACTION][rows].to(self.device),
         )
+
+    def _loss(self, batch: Batch, draws: Draws) -> PolicyLoss:
+        if not isinstance(self.policy, DriftingPolicy):
+            return self.policy.loss(batch, draws)
+        config = self.config
+        factor = annealed_factor(
+            self.samples_seen,
+            start=config.drifting.temperature_start,
+            total_samples=config.samples,
+            fraction=config.drifting.temperature_fraction,
+        )
+        return self.policy.loss(batch, draws, temperature_factor=factor)
 
     def _learning_rate(self) -> float:
         config = self.config

@@ -50,6 +50,17 @@ def test_loss_is_the_drifting_loss_of_whole_chunks(positives: int, field: dict[s
     assert not logged.requires_grad and logged.min() > 0
 
 
+@pytest.mark.parametrize("loss_over", ["chunk", "step"])
+def test_a_factor_of_the_temperatures_is_as_good_as_other_temperatures(loss_over: str) -> None:
+    policy, warm = (drifting(loss_over=loss_over, loss={"temperatures": [tau]}) for tau in (0.1, 0.4))
+    batch = tiny_batch(policy)
+    factored = policy.loss(batch, Draws(draws_of(3)[0]), temperature_factor=4.0)
+    expected = warm.loss(batch, Draws(draws_of(3)[0]))
+    torch.testing.assert_close(factored.values["lambda/0.1"], expected.values["lambda/0.4"])
+    plain = policy.loss(batch, Draws(draws_of(3)[0]))
+    assert not torch.allclose(plain.values["lambda/0.1"], expected.values["lambda/0.4"], rtol=1e-2)
+
+
 def test_loss_by_step_is_the_mean_of_the_losses_of_the_steps() -> None:
     policy = drifting(loss_over="step")
     batch = tiny_batch(policy, positives=2)

@@ -253,7 +253,7 @@ def test_further_positives_are_of_the_nearest_windows_itself_first(data: Path) -
     assert torch.equal(batch.actions, every.actions[nearest].squeeze(2))
     used: list[Batch] = []
     loss = training.policy.loss
-    training.policy.loss = lambda batch, noise: (used.append(batch), loss(batch, noise))[1]  # type: ignore[method-assign]
+    training.policy.loss = lambda batch, noise, **_: (used.append(batch), loss(batch, noise))[1]  # type: ignore[method-assign]
     training.step()
     assert used[0].actions.shape == (8, 3, 16, 2)
 
@@ -261,7 +261,7 @@ def test_further_positives_are_of_the_nearest_windows_itself_first(data: Path) -
 def test_an_epoch_learns_from_every_window_once(data: Path) -> None:
     training = trainer(data, "batch_size=1")
     chunks: list[Tensor] = []
-    training.policy.loss = lambda batch, noise: (  # type: ignore[method-assign]
+    training.policy.loss = lambda batch, noise, **_: (  # type: ignore[method-assign]
         chunks.append(batch.actions),
         PolicyLoss(sum(each.sum() for each in training.policy.parameters()).view(1), {}),
     )[1]
@@ -277,6 +277,21 @@ def test_initial_weights_and_steps_follow_from_the_seed(data: Path) -> None:
     torch.manual_seed(123)
     losses = [each.step()["gradient_norm"] for each in (first, again, other)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_temperatures_are_annealed_over_the_first_part_of_the_run(data: Path) -> None:
+    training = trainer(data, "drifting.temperature_start=4", "drifting.temperature_fraction=0.5", "learning_rate=1e-9")
+    factors: list[float] = []
+    loss = training.policy.loss
+    training.policy.loss = lambda batch, draws, **keywords: (  # type: ignore[method-assign]
+        factors.append(keywords["temperature_factor"]),
+        loss(batch, draws, **keywords),
+    )[1]
+    for _ in range(STEPS):
+        training.step()
+    expected = [4.0 ** (1 - step / 10) for step in range(10)] + 10 * [1.0]
+    assert factors == pytest.approx(expected)
+    assert len(trainer(data, "method=regression", "drifting.temperature_start=4").step()) > 0  # which has none
 
 
 def test_collapse_is_said_once_after_the_warm_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
