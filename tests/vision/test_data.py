@@ -19,7 +19,6 @@ import torch
 import torchvision
 from sklearn.datasets import load_digits
 
-from driftfield.training.visits import Epochs
 from vision import data
 from vision.data import DataError, ImageSet, load, require_per_class, to_float, to_uint8
 
@@ -187,16 +186,6 @@ def test_a_class_with_too_few_images_is_named() -> None:
         require_per_class(pets, 2, purpose="positives")
     with pytest.raises(DataError, match="class 'cat' must have at least 1 images for positives, found 0"):
         require_per_class(image_set([1]), 1, purpose="positives")
-
-
-def test_every_epoch_visits_each_sample_once_in_an_order_of_its_own() -> None:
-    epochs = Epochs(7, seed=3)
-    visits = epochs(0, 21)
-    ids = (visits % 7).unflatten(0, (3, 7))
-    assert (visits // 7).tolist() == [0] * 7 + [1] * 7 + [2] * 7
-    assert all(sorted(epoch.tolist()) == list(range(7)) for epoch in ids)
-    assert len({tuple(epoch.tolist()) for epoch in ids}) == 3
-    assert torch.equal(torch.cat([Epochs(7, seed=3)(start, 3) for start in range(0, 21, 3)]), visits)
 
 
 def test_an_image_set_reads_the_same_at_every_visit() -> None:
