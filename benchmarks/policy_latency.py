@@ -1,13 +1,14 @@
 """How long a chunk of actions takes: `python -m benchmarks.policy_latency`.
 
 From the features of one observation to one chunk, batch 1, weights random: drifting in one evaluation of the network,
-Diffusion Policy in 100 (DDPM) and 16 (DDIM) of the same network. Rounds alternate between the three, each given about
-as many evaluations as the others, so that whatever else the machine does slows all of them down.
+Diffusion Policy in 100 (DDPM) and 16 (DDIM) of the same network. Rounds alternate between the three and between the
+forms of the network, each given about as many evaluations as the others, so that whatever else the machine does slows
+all of them down. A form that cannot run says why.
 """
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -92,23 +93,37 @@ def methods(network: ActionDenoiser, given: Inputs) -> dict[str, Callable[[], Te
     }
 
 
-def measure(name: str, form: Form, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Figures of one network in one form."""
-    given = inputs(device)
-    with torch.no_grad(), TemporaryDirectory() as folder:
-        network = build(name, device)
-        makers = methods(prepare(network, form, Path(folder), given), given)
-        for make in makers.values():
-            make()
-        times: dict[str, list[float]] = {method: [] for method in makers}
-        for _ in range(rounds):
-            for method, make in makers.items():
-                times[method] += [
-                    _seconds(make, device) for _ in range(max(EVALUATIONS.values()) // EVALUATIONS[method])
-                ]
-    figures = {method: percentiles(values) for method, values in times.items()}
+def measure(name: str, forms: Sequence[Form], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Figures of one network in each form."""
+    given, network = inputs(device), build(name, device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return {"network": name, "parameters": parameters, "form": form} | figures | ratios(figures)
+    rows: dict[Form, dict[str, Any]] = {
+        form: {"network": name, "parameters": parameters, "form": form} for form in forms
+    }
+    makers: dict[Form, dict[str, Callable[[], Tensor]]] = {}
+    with torch.no_grad(), TemporaryDirectory() as folder:
+        for form in forms:
+            start = time.perf_counter()
+            try:
+                ready = methods(prepare(network, form, Path(folder), given), given)
+                for make in ready.values():
+                    make()
+            except Exception as error:  # whatever a compiler raises: the other forms are still to be measured
+                rows[form]["failure"] = str(error).strip().partition("\n")[0] or type(error).__name__
+            else:
+                makers[form] = ready
+                rows[form]["ready_s"] = time.perf_counter() - start
+        times: dict[Form, dict[str, list[float]]] = {form: {method: [] for method in EVALUATIONS} for form in makers}
+        for _ in range(rounds):
+            for form, ready in makers.items():
+                for method, make in ready.items():
+                    times[form][method] += [
+                        _seconds(make, device) for _ in range(max(EVALUATIONS.values()) // EVALUATIONS[method])
+                    ]
+    for form, of_methods in times.items():
+        figures = {method: percentiles(values) for method, values in of_methods.items()}
+        rows[form] |= figures | ratios(figures)
+    return list(rows.values())
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -126,13 +141,17 @@ def ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Milliseconds per chunk as a Markdown table."""
     lines = [
-        "| network | form | drifting p50 / p95 ms | DDPM 100 p50 / p95 ms | DDIM 16 p50 / p95 ms "
+        "| network | form | ready s | drifting p50 / p95 ms | DDPM 100 p50 / p95 ms | DDIM 16 p50 / p95 ms "
         "| DDPM / drifting | DDIM / drifting |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [f"{row[method]['p50_ms']:.3g} / {row[method]['p95_ms']:.3g}" for method in EVALUATIONS]
-        cells += [f"{row[f'{method}_over_drifting']:.0f}" for method in ("ddpm", "ddim")]
+        if "failure" in row:
+            cells = [row["failure"], *["-"] * 5]
+        else:
+            cells = [f"{row['ready_s']:.2g}"]
+            cells += [f"{row[method]['p50_ms']:.3g} / {row[method]['p95_ms']:.3g}" for method in EVALUATIONS]
+            cells += [f"{row[f'{method}_over_drifting']:.0f}" for method in ("ddpm", "ddim")]
         lines.append(f"| {row['network']} ({row['parameters'] / 1e6:.3g} M) | {row['form']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -142,12 +161,10 @@ def main(config: BenchmarkConfig) -> int:
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in config.networks:
-        for form in config.forms:
-            rows.append(measure(name, form, config.rounds, device))
-            torch._dynamo.reset()
-            print(table(rows[-1:]), flush=True)
+        rows += measure(name, config.forms, config.rounds, device)
+        print(table(rows[-len(config.forms) :]), flush=True)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from benchmarks import policy_latency as program
 from benchmarks.policy_latency import BenchmarkConfig, build, inputs, methods, percentiles, prepare, ratios
 from driftfield.training import run_program
+from policy.diffusion import ActionDenoiser
+from policy.unet1d import ConditionalUnet1D
 
 CPU = torch.device("cpu")
 
@@ -66,6 +69,18 @@ def test_the_network_exports_to_a_graph_that_computes_the_same() -> None:
     network, given = build("tiny", CPU), inputs(CPU)
     exported = torch.export.export(network, given).module()
     torch.testing.assert_close(exported(*given), network(*given))
+
+
+def test_a_form_that_cannot_run_says_why_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(network: ConditionalUnet1D, form: program.Form, *more: Any) -> ActionDenoiser:
+        if form == "compile":
+            raise RuntimeError("no C++ compiler found\nand more")
+        return prepare(network, form, *more)
+
+    monkeypatch.setattr(program, "prepare", failing)
+    failed, eager = program.measure("tiny", ["compile", "eager"], 2, CPU)
+    assert failed["failure"] == "no C++ compiler found" and eager["drifting"]["p50_ms"] > 0
+    assert "| compile | no C++ compiler found | - |" in program.table([failed, eager])
 
 
 @pytest.mark.slow
