@@ -6,7 +6,7 @@ drift. Several GPUs: `torchrun --nproc-per-node=8 -m vision.train ...` shares th
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -241,11 +241,14 @@ class Training:
         with torch.no_grad():
             return feature_statistics(self.loss, _Anew(self, pieces), temperature_factor=temperature_factor)
 
-    def _features(self, pieces: list[Piece]) -> Iterator[FeatureBatch]:
+    def _features(
+        self, pieces: list[Piece], draw_generated: Callable[[Piece], Tensor] | None = None
+    ) -> Iterator[FeatureBatch]:
         """Piece by piece, features of generated images, and of real samples without gradient, by label."""
+        draw_generated = draw_generated or self._draw_generated
         reals = self.real_features([piece.real for piece in pieces])  # [l, locations, P + M, channels] by name
         for piece, real in zip(pieces, reals, strict=True):
-            x = self._draw_generated(piece)  # [l·N, C, H, W]
+            x = draw_generated(piece)  # [l·N, C, H, W]
             num_positives = self.config.positives_per_label
             yield FeatureBatch(
                 group_by_label(self._encode(x), len(piece.labels)),
@@ -305,7 +308,7 @@ class Training:
         """Floating-point operations of a step of all processes, but for the loss.
 
         A backward pass costs twice the forward pass in the generator, and as much again in the frozen encoder; the
-        statistics of a batch in pieces cost two more forward passes.
+        statistics of a batch in pieces cost one more forward pass of the generator and two of the encoder.
         """
         config, zero = self.config, torch.zeros(1, dtype=torch.int64, device=self.device)
         noise = torch.zeros(1, *self.real.sample_shape, device=self.device)
@@ -319,7 +322,7 @@ class Training:
         real = config.positives_per_label + config.unconditional_per_label
         label = config.generated_per_label * (3 * generate + 2 * encode) + real * encode
         if config.statistics == "batch" and len(self._slots()) > 1:
-            label += 2 * (config.generated_per_label * (generate + encode) + real * encode)
+            label += config.generated_per_label * (generate + 2 * encode) + 2 * real * encode
         return config.labels_per_step * label
 
     def _values(self, outputs: list[DriftingOutput], names: list[str], gradient_norm: float) -> dict[str, Any]:
@@ -347,13 +350,19 @@ class Training:
 
 
 class _Anew:
-    """The features of every piece, computed at each iteration: memory for one piece is enough."""
+    """The features of every piece, computed at each iteration: memory for one piece, and for all images, is enough."""
 
     def __init__(self, training: Training, pieces: list[Piece]) -> None:
         self._training, self._pieces = training, pieces
+        self._images: dict[range, Tensor] = {}  # by slots
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        return self._training._features(self._pieces)
+        return self._training._features(self._pieces, self._draw_generated)
+
+    def _draw_generated(self, piece: Piece) -> Tensor:
+        if piece.slots not in self._images:
+            self._images[piece.slots] = self._training._draw_generated(piece)
+        return self._images[piece.slots]
 
 
 def build_generator(config: TrainConfig, *, channels: int, image_size: int, num_classes: int) -> ImageGenerator:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from driftfield import DriftingLoss
 from driftfield.training import (
     MAX_REJECTED_STEPS,
     Update,
@@ -279,6 +280,27 @@ def test_pieces_with_the_statistics_of_the_batch_give_its_gradient(training: Tra
     assert (by_piece - whole).norm() > 1e-2 * whole.norm()  # statistics of its own make a piece another loss
 
 
+def test_statistics_of_the_batch_draw_images_once(training: Training) -> None:
+    generate, calls = training._generate, []
+    training._generate = lambda *inputs: calls.append(torch.is_grad_enabled()) or generate(*inputs)
+    training.config.labels_at_once = 1
+    training.step()
+    assert sorted(calls) == [False] * 3 + [True] * 3  # three labels
+
+
+def test_annealed_temperatures_start_at_their_multiple_and_end_as_they_are(training: Training) -> None:
+    plain = gradient(training, 1, "batch")  # in pieces, so that both passes take part
+    training.config.temperature_start, training.config.temperature_fraction = 4.0, 0.5
+    annealed = gradient(training, 1, "batch")
+    training.config.temperature_start, temperatures = 1.0, training.loss.options.temperatures
+    training.loss = DriftingLoss([4.0 * temperature for temperature in temperatures])
+    assert torch.equal(annealed, gradient(training, 1, "batch"))
+    assert not torch.allclose(annealed, plain)
+    training.config.temperature_start = 4.0
+    training.step_number = training.config.images // training.samples_per_step
+    assert training._temperature_factor() == 1.0
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -289,6 +311,8 @@ def test_pieces_with_the_statistics_of_the_batch_give_its_gradient(training: Tra
         ("experiment=mnist", ["experiment", "fashion_mnist", "'mnist'"]),
         ("data.folder=/nonexistent", ["/nonexistent"]),
         ("positives_per_label=9", ["queue.per_class", "9"]),
+        ("loss.second_batch=halves", ["loss.second_batch='halves' needs field='sinkhorn'"]),
+        ("temperature_start=0", ["temperature_start", "> 0"]),
         ("run_dir=/dev/null/run", ["/dev/null/run"]),
     ],
 )
