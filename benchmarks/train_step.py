@@ -3,7 +3,8 @@
 The experiments of `vision.train` with samples of noise, held in memory, and random weights of the encoder: what the
 device does takes as long as in a real training, but nothing is read or decoded. For each: time of a step, generated
 images per second, floating-point operations per second beside what one large product of matrices reaches in the same
-run (the floor), and the largest memory.
+run (the floor), and the largest memory. With `profile=true` one more step of each is recorded: a table of its kernels
+and a trace beside the figures.
 """
 
 import gc
@@ -17,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from benchmarks.step_profile import profile_step, report
 from driftfield.training import generator, load_config, option, run_program
 from driftfield.training.atomic_file import write_json
 from driftfield.training.device import choose_device
@@ -42,6 +44,9 @@ class BenchmarkConfig:
     )
     encoder: str | None = option("encoder in the place of the experiment's own, as mae:mae_latent_256; empty: none")
     steps: int = option("steps measured, after two that are not", min=1)
+    profile: bool = option(
+        "record one more step: OUT's name with the experiment's, .md its kernels, .trace.json its trace"
+    )
     device: Device = option("where to compute")
     out: Path = option("JSON file of the figures")
 
@@ -86,6 +91,13 @@ def measure(config: BenchmarkConfig, experiment: str, device: torch.device) -> d
     for _ in range(config.steps):
         values = training.step()  # ends by reading the norm of the gradient: the device is done
     seconds = (time.perf_counter() - start) / config.steps
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    if config.profile:
+        beside = config.out.with_name(f"{config.out.stem}-{experiment}")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        found = profile_step(training.step, device, beside.with_suffix(".trace.json"))
+        beside.with_suffix(".md").write_text(report(found) + "\n", encoding="utf-8")
+        print(report(found))
     return {
         "experiment": experiment,
         "labels": train.labels_per_step,
@@ -96,7 +108,7 @@ def measure(config: BenchmarkConfig, experiment: str, device: torch.device) -> d
         "images_per_s": training.samples_per_step / seconds,
         "teraflops": float(values["teraflops"]) * seconds_of(values, training) / seconds,
         "hours_of_the_run": train.images / training.samples_per_step * seconds / 3600,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "peak_gib": peak_gib,
         "parameters": sum(parameter.numel() for parameter in training.generator.parameters()),
     }
 

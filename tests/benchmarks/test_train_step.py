@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks import train_step as program
+from benchmarks.step_profile import Kernel, StepProfile, by_family, family_of_kernel, report
 from benchmarks.train_step import BenchmarkConfig
 from driftfield.training import run_program
 
@@ -15,7 +16,7 @@ SMALL = (
 
 def test_a_step_of_the_ablation_is_measured(tmp_path: Path) -> None:
     overrides = ",".join(f"'{word}'" for word in SMALL)
-    words = ["experiments=[ablation]", f"overrides=[{overrides}]", "steps=1", "encoder=", "device=cpu"]
+    words = ["experiments=[ablation]", f"overrides=[{overrides}]", "steps=1", "encoder=", "device=cpu", "profile=true"]
     ended = run_program(
         program.main,
         BenchmarkConfig,
@@ -31,3 +32,29 @@ def test_a_step_of_the_ablation_is_measured(tmp_path: Path) -> None:
     assert abs(row["images_per_s"] * row["step_s"] - 8) < 1e-9
     assert 0 < row["teraflops"] < figures["product_teraflops"]
     assert abs(row["hours_of_the_run"] - 122_880_000 / 8 * row["step_s"] / 3600) < 1e-6 * row["hours_of_the_run"]
+    trace = json.loads((tmp_path / "figures-ablation.trace.json").read_text(encoding="utf-8"))
+    assert any("AdamW" in event.get("name", "") for event in trace["traceEvents"])
+    kernels = (tmp_path / "figures-ablation.md").read_text(encoding="utf-8")
+    assert "| product |" in kernels and "| `aten::addmm` | product |" in kernels
+
+
+def test_kernels_are_summed_by_family() -> None:
+    names = {
+        "sm90_xmma_dgrad_implicit_gemm_indexed_bf16": "convolution",
+        "nvjet_tst_192x192_64x4": "product",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>": "product",
+        "void pytorch_flash::flash_fwd_kernel": "attention",
+        "fmha_cutlassB_f32_aligned_64x64_k64_sm80": "attention",
+        "triton_poi_fused_add_relu_3": "compiled",
+        "void cudnn::engines_precompiled::nchwToNhwcKernel": "memory layout",
+        "Memcpy DtoD (Device -> Device)": "copy and cast",
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer and averages",
+        "_moments": "moments of maps",
+        "elementwise_kernel": "other",
+    }
+    assert {name: family_of_kernel(name) for name in names} == names
+    found = StepProfile(
+        [Kernel("aten::mm", 2, 30.0), Kernel("aten::bmm", 1, 20.0), Kernel("elementwise", 9, 50.0)], 0.2
+    )
+    assert by_family(found.kernels) == {"product": 50.0, "other": 50.0}
+    assert "kernels 100 ms, busy 50%" in report(found) and "| `aten::mm` | product | 2 | 30 | 30.0% |" in report(found)
