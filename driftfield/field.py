@@ -53,7 +53,8 @@ def drifting_field(
             under the entropic coupling with x, minus that of the negatives, both couplings with equal masses at every
             x, and on the targets (`negative_weight` for the negatives); then V = 0 means equal distributions, and small
             τ pairs x with positives one to one. "mmd": the direction in which the squared maximum mean discrepancy
-            falls (C.2), with means in which `negative_weight` are the masses.
+            falls (C.2), with means in which `negative_weight` are the masses. Its kernel has no normalisation: at τ far
+            below the distances next to nothing is left of it.
         bias_correction: removes the leading term of the bias that softmax weights of few samples bring to either
             centroid (arXiv 2604.27239); for negatives of two distributions, as under guidance, only in part.
         sinkhorn_iterations: of each coupling; none leaves softmaxes over targets.

@@ -157,7 +157,9 @@ def test_autocast_changes_nothing(name: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
 
 
-@every_field
+@pytest.mark.parametrize(
+    "name", ["halves", "mmd", *(pytest.param(n, marks=pytest.mark.slow) for n in list(FIELDS)[:2])]
+)
 def test_compiles_without_a_break(name: str) -> None:
     torch._dynamo.reset()
     loss_fn = DriftingLoss(**FIELDS[name])

@@ -30,8 +30,7 @@ def rng() -> torch.Generator:
 
 @cache
 def run(panel: toy.Panel, field: str, steps: int = STEPS) -> toy.Run:
-    attraction, repulsion = toy.FIELDS[field]
-    loss_fn = DriftingLoss(toy.TEMPERATURES, attraction=attraction, repulsion=repulsion)
+    loss_fn = DriftingLoss(toy.TEMPERATURES, **toy.FIELDS[field])
     return toy.run_panel(panel, loss_fn, steps=steps, seed=0)
 
 
@@ -84,6 +83,16 @@ def test_both_modes_are_found_from_every_start(panel: toy.Panel) -> None:
     assert (result.drift_norm[:5].amax(0) > 2 * last).all()
     # Eq. 25-26: as many unit drifts as temperatures, which agree in part
     assert result.loss.max() < 4.001 and result.loss[-STEPS // 10 :].mean() < 3.7
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["sinkhorn", *(pytest.param(f, marks=pytest.mark.slow) for f in ("bias-corrected", "sinkhorn-halves", "mmd"))],
+)
+def test_fields_beyond_the_paper_find_both_modes_too(field: str) -> None:
+    result = run(toy.PANELS["fig3"][2], field)
+    assert toy.share_of_modes(result.samples[-1]).min() > 0.4
+    assert toy.energy_distance(result.samples[-1], result.real) < 0.02
 
 
 def test_without_repulsion_all_samples_end_on_one_point_between_the_modes() -> None:
@@ -188,6 +197,7 @@ def test_every_option_reaches_the_loss_and_the_headline(
         ("--field none", "argument --field: invalid choice: 'none'"),
         ("--temperatures 0.1 0", "temperatures must be"),
         ("--affinity-floor -1", "affinity_floor must be"),
+        ("--field sinkhorn --normalize-over y", "normalize_over must be left at 'xy'"),
         ("--out {file}/folder", "argument --out: cannot make the folder"),
     ],
 )

@@ -1,10 +1,12 @@
-"""The learning rate in closed form."""
+"""The learning rate and the annealing of temperatures in closed form."""
 
 import itertools
+from typing import Any
 
 import pytest
 
 from driftfield.training import warmup_constant
+from driftfield.training.schedule import annealed_factor
 
 
 def test_warm_up_is_a_line_then_constant() -> None:
@@ -49,3 +51,27 @@ def test_no_warm_up() -> None:
 def test_what_makes_no_sense_is_refused(samples_seen: int, changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         warmup_constant(samples_seen, **({"peak": 1.0, "warmup_samples": 0} | changes))  # type: ignore[arg-type]
+
+
+def test_temperatures_fall_by_equal_ratios_then_stay() -> None:
+    factors = [annealed_factor(n, start=5.0, total_samples=100, fraction=0.4) for n in range(0, 101)]
+    assert factors[0] == 5.0
+    for earlier, later in itertools.pairwise(factors[:41]):
+        assert later / earlier == pytest.approx(5.0 ** (-1 / 40), rel=1e-12)
+    assert factors[40:] == [1.0] * 61
+
+
+def test_temperatures_may_rise_or_stay() -> None:
+    rising = [annealed_factor(n, start=0.25, total_samples=8, fraction=1.0) for n in (0, 4, 8)]
+    assert rising == pytest.approx([0.25, 0.5, 1.0])
+    for start, fraction in ((1.0, 0.5), (7.0, 0.0)):
+        assert {annealed_factor(n, start=start, total_samples=8, fraction=fraction) for n in range(9)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start": 0.0}, {"start": float("nan")}, {"fraction": 1.1}, {"fraction": -0.1}, {"samples_seen": -1}]
+)
+def test_no_annealing_without_sense(changes: dict[str, float]) -> None:
+    arguments: dict[str, Any] = {"samples_seen": 0, "start": 2.0, "total_samples": 10, "fraction": 0.5, **changes}
+    with pytest.raises(ValueError, match="expected a count of 0 or more, a factor > 0 and a fraction"):
+        annealed_factor(arguments.pop("samples_seen"), **arguments)
