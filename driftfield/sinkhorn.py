@@ -98,10 +98,10 @@ def sinkhorn_drift(
     Returns:
         V of every τ, `[..., N, D]`.
 
-    >>> x, targets = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0], [5.0], [8.0]])
+    >>> x, targets = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0], [4.0], [-3.0]])
     >>> distance = (x - targets.T).abs()
     >>> sinkhorn_drift(distance, [0.01], x, targets, 2, iterations=9)[0].flatten().tolist()
-    [5.0, 7.0]
+    [-3.0, 3.0]
     """
     num_samples = x.shape[-2]
     ones = distance.new_ones(*distance.shape[:-2], distance.shape[-1])
