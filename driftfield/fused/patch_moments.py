@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple
 
@@ -15,6 +17,7 @@ from driftfield.checks import check_choice, working_dtype
 VARIANCE_FLOOR: Final = 1e-6  # inside each square root: its gradient stays finite where a map is constant
 FUSED_PATCH_SIZES: Final = (2, 4)  # the kernels know these, and the paper has no others
 FUSED_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+TOLERANCE: Final = 1e-3  # of the kernels, relative to eager
 TRITON_IS_INSTALLED: Final = importlib.util.find_spec("triton") is not None
 
 Backend = Literal["auto", "eager", "fused"]
@@ -44,7 +47,8 @@ def patch_moments(feature_map: Tensor, patch_sizes: Sequence[int] = (2, 4), *, b
         feature_map: `[B, C, H, W]`, of any strides.
         patch_sizes: sides of the patches, each a multiple of the one before; every one tiles the map.
         backend: "eager" reads the map once for each moment; "fused" once for all of them, and once more on the way
-            back, by kernels for GPUs, maps of at most 32 bits and patches of 2 and 4; "auto" is "fused" where it works.
+            back, by kernels for GPUs, maps of at most 32 bits and patches of 2 and 4; "auto" is "fused" where it can be
+            and, tried once, agrees with "eager".
 
     Raises:
         ValueError: not a map, patches that do not tile it or each other, an unknown backend, or what "fused" can't do.
@@ -61,6 +65,8 @@ def patch_moments(feature_map: Tensor, patch_sizes: Sequence[int] = (2, 4), *, b
     _check(feature_map, sizes)
     fused = backend == "fused" or (backend == "auto" and feature_map.is_cuda)
     reason = _why_not_fused(feature_map, sizes) if fused else None
+    if backend == "auto" and fused and reason is None:
+        reason = _why_not_trusted(feature_map.device, feature_map.dtype)
     if backend == "fused" and reason:
         raise ValueError(f"backend 'fused': {reason}")
     tensors = _fused(feature_map, 2 in sizes, 4 in sizes) if fused and not reason else _eager(feature_map, sizes)
@@ -88,6 +94,34 @@ def _why_not_fused(feature_map: Tensor, sizes: tuple[int, ...]) -> str | None:
     if not feature_map.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":  # Triton's: kernels as Python
         return f"expected a map on a GPU, found one on {feature_map.device}"
     return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, as it is now
+def _why_not_trusted(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _disagreement(device, dtype)
+
+
+@cache
+def _disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why not to trust the kernels on this device, after one small map; None: they agree with eager."""
+    draw = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(2, 24, 8, 8, generator=draw, device=device)
+    feature_map = noise.to(dtype, memory_format=torch.channels_last)
+    results = []
+    try:
+        for moments_of in (lambda x: _eager(x, (2, 4)), lambda x: _fused(x, True, True)):
+            with torch.enable_grad():
+                x = feature_map.detach().requires_grad_()
+                moments = moments_of(x)
+                gradient = torch.autograd.grad([part.square().sum() for part in moments], x)
+            results.append(torch.cat([part.detach().float().flatten() for part in (*moments, *gradient)]))
+        error = float((results[1] - results[0]).norm() / results[0].norm())
+        reason = None if error <= TOLERANCE + torch.finfo(dtype).eps else f"differ from eager by {error:.1g}"
+    except Exception as exception:  # whatever a compiler or a driver may raise: eager serves
+        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
+    if reason is not None:
+        warnings.warn(f"the kernels of patch_moments are not used on {device}: {reason}", stacklevel=2)
+    return reason
 
 
 def _eager(feature_map: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:

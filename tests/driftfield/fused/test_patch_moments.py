@@ -4,12 +4,14 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from driftfield.fused import patch_moments as module
 from driftfield.fused.patch_moments import VARIANCE_FLOOR, Backend, MapMoments, patch_moments
 from tests.driftfield.fused.conftest import Compile
 
@@ -176,6 +178,41 @@ def test_the_operator_is_what_torch_compile_takes_it_for(device: torch.device) -
     for layout in LAYOUTS:
         feature_map = make_map(1, 2, 4, 8, layout=layout).to(device).requires_grad_()
         torch.library.opcheck(torch.ops.driftfield.patch_moments.default, (feature_map, True, True))
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    module._disagreement.cache_clear()
+    yield
+    module._disagreement.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_agree_with_eager_are_trusted(dtype: torch.dtype, asked_anew: None, device: torch.device) -> None:
+    assert module._why_not_trusted(device, dtype) is None
+
+    def doubled_where_trusted(x: Tensor) -> Tensor:
+        return 2 * x if module._why_not_trusted(x.device, x.dtype) is None else x
+
+    x = torch.ones(2, device=device, dtype=dtype)
+    assert torch.equal(torch.compile(doubled_where_trusted, backend="eager", fullgraph=True)(x), 2 * x)
+
+
+@pytest.mark.parametrize("problem", ["wrong", "raises"])
+def test_kernels_that_do_not_agree_are_not_trusted(
+    problem: str, asked_anew: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradient(feature_map: Tensor, *_: object) -> Tensor:
+        if problem == "raises":
+            raise RuntimeError("PTX was made by a newer compiler")
+        return torch.zeros_like(feature_map)
+
+    monkeypatch.setattr("driftfield.fused.moment_kernels.gradient", gradient)
+    expected = "RuntimeError: PTX was made" if problem == "raises" else "differ from eager by"
+    with pytest.warns(UserWarning, match=f"the kernels of patch_moments are not used on .*: {expected}"):
+        reason = module._why_not_trusted(device, torch.float32)
+    assert reason is not None and reason.startswith(expected)
+    assert module._why_not_trusted(device, torch.float32) == reason  # remembered, without another warning
 
 
 def test_other_sizes_are_for_eager_alone() -> None:
