@@ -17,8 +17,9 @@ from PIL import Image
 
 from driftfield.training import Stopped, StopRequest, UserError, load_config, run_program
 from vision import ablate, evaluate, train
-from vision.ablate import AblateConfig, BaseName, RowConfig, Run
-from vision.ablation_table import Outcome, Table, markdown, outcomes_of, training_rate
+from vision.ablation import execute
+from vision.ablation.plan import AblateConfig, BaseName, RowConfig, Run, run_of, runs_of, runs_of_equal_time
+from vision.ablation.table import Outcome, Table, markdown, outcomes_of, training_rate
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.metrics import EvaluationResult
 
@@ -52,7 +53,7 @@ def tiny(folder: Path, rows: dict[str, RowConfig], *, seeds: tuple[int, ...] = (
 def test_every_row_of_every_table_is_a_training_that_vision_train_takes(table: str, base: BaseName) -> None:
     config = load(table, f"base={base}", "seeds=[0]")
     assert config.table.name == table and config.base.name == base
-    runs = ablate.runs_of(config)
+    runs = runs_of(config)
     assert [run.row for run in runs] == list(config.rows)
     assert len({run.folder for run in runs}) == len(runs)
     for run in runs:
@@ -65,7 +66,7 @@ def test_every_row_of_every_table_is_a_training_that_vision_train_takes(table: s
 
 
 def test_runs_are_shared_by_tables_and_encoders_by_rows_with_the_same_encoder() -> None:
-    fields, features, encoders = (ablate.runs_of(load(name)) for name in ("fields", "features", "encoders"))
+    fields, features, encoders = (runs_of(load(name)) for name in ("fields", "features", "encoders"))
     assert fields[0].folder == features[0].folder == encoders[0].folder
     assert {run.config.encoder.run_dir for run in fields} == {fields[0].config.encoder.run_dir}
     by_row = {run.row: run.config.encoder.run_dir for run in features}
@@ -114,7 +115,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def poll(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(ablate, "_start", InThisProcess)
+    monkeypatch.setattr(execute, "_start", InThisProcess)
     return names
 
 
@@ -171,10 +172,6 @@ def test_guidance_scales_are_judged_of_one_model(tmp_path: Path, started: list[s
     assert len(started) == 4  # a training that is complete, and its model judged again
 
 
-def command(program: str, *words: str) -> tuple[str, ...]:
-    return (program, *words)
-
-
 def stand_in(folder: Path, *commands: tuple[str, ...]) -> Run:
     """A run whose commands are other programs."""
     config = load_config(
@@ -189,7 +186,7 @@ def test_commands_run_one_after_another_until_one_fails(tmp_path: Path) -> None:
     ended = []
     with StopRequest() as stop:
         runs = [stand_in(tmp_path / "a", good, good), stand_in(tmp_path / "b", bad, good)]
-        ablate.execute(runs, 2, stop, lambda run, failure: ended.append((run.folder, failure)))
+        execute.execute(runs, 2, stop, lambda run, failure: ended.append((run.folder, failure)))
     failures = dict(ended)
     assert failures[tmp_path / "a" / "run"] is None
     assert "absent.json" in str(failures[tmp_path / "b" / "run"])
@@ -211,16 +208,16 @@ def test_a_stop_is_passed_on_and_nothing_more_is_started(tmp_path: Path) -> None
 
     real_sleep = time.sleep
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ablate.time, "sleep", ask)
+        patched.setattr(execute.time, "sleep", ask)
         with pytest.raises(Stopped):
-            ablate.execute(runs, 1, stop, lambda *_: pytest.fail("a stopped run is not done"))  # type: ignore[arg-type]
+            execute.execute(runs, 1, stop, lambda *_: pytest.fail("a stopped run is not done"))  # type: ignore[arg-type]
     assert time.monotonic() - start < 30
     assert runs[0].log.exists() and not runs[1].log.exists()
 
 
 def test_folder_of_another_run_is_refused_rather_than_a_failed_row(tmp_path: Path, started: list[str]) -> None:
     config = tiny(tmp_path, {"default": RowConfig()})
-    (run,) = ablate.runs_of(config)
+    (run,) = runs_of(config)
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text("seed: 5\n", encoding="utf-8")
     with pytest.raises(UserError, match="belongs to another run"):
@@ -256,10 +253,10 @@ def test_equal_time_gives_a_row_of_half_the_speed_half_the_images(tmp_path: Path
     }
     config = replace(tiny(tmp_path, rows, seeds=(0, 1)), equal="time")
     for name, rate in (("default", 100.0), ("slow", 50.0), ("same", 104.0)):
-        log(ablate.run_of(config, name, 0).folder, rate)
-    runs = ablate.runs_of_equal_time(config)
+        log(run_of(config, name, 0).folder, rate)
+    runs = runs_of_equal_time(config)
     assert [(run.row, run.seed, run.config.images) for run in runs] == [("slow", 0, 240), ("slow", 1, 240)]
-    assert not {run.folder for run in runs} & {run.folder for run in ablate.runs_of(config)}
+    assert not {run.folder for run in runs} & {run.folder for run in runs_of(config)}
 
 
 def test_a_rival_is_listed_in_every_way_that_it_is_sampled(tmp_path: Path) -> None:
