@@ -375,7 +375,7 @@ def round_weights(encoder: nn.Module) -> None:
     if isinstance(encoder, nn.Conv2d | nn.Linear):
         encoder.to(torch.bfloat16)
     if isinstance(encoder, nn.Conv2d):
-        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoder.to(memory_format=torch.channels_last)
     for child in [encoder.encoder] if isinstance(encoder, ThroughDecoder) else encoder.children():
         if isinstance(child, nn.Module):
             round_weights(child)

@@ -96,7 +96,7 @@ def _why_not_fused(feature_map: Tensor, sizes: tuple[int, ...]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces, as it is now
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked while torch.compile traces
 def _why_not_trusted(device: torch.device, dtype: torch.dtype) -> str | None:
     return _disagreement(device, dtype)
 
