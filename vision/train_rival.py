@@ -77,7 +77,7 @@ def run(config: RivalConfig, real: ImageSet, held_out: ImageSet, device: torch.d
         samples=config.images,
         checkpoint_every=config.checkpoint_every_images,
         log_every=config.log_every_images,
-        shown=("loss",),
+        shown=(training.shown,),
         actions=[Action(config.picture_every_images, lambda: save_picture(training))],
     )
     trained_s = time.monotonic() - start

@@ -53,6 +53,8 @@ class RivalTraining(ABC):
         device: where to compute.
     """
 
+    shown = "loss"  # beside the progress
+
     def __init__(self, config: RivalConfig, real: ImageSet, device: torch.device) -> None:
         self.config, self.real, self.device = config, real, device
         self.step_number = 0
@@ -200,6 +202,7 @@ class MeanFlowTraining(RivalTraining):
     """u(z_t, r, t, class) learns the average velocity from the MeanFlow identity."""
 
     generator: MeanFlowGenerator
+    shown = "squared_error"  # the adaptive loss is 1 but for ε where p = 1
 
     def losses(self) -> dict[str, Tensor]:
         options, real = self.config.mean_flow, self.draw_real()
