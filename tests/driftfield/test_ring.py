@@ -100,6 +100,11 @@ def test_a_sample_that_nothing_repels_is_refused() -> None:
         DriftingLoss(affinity_floor=0.0, share_groups=True)(torch.randn(1, 2), torch.randn(3, 2))
 
 
+def test_fields_that_need_whole_matrices_are_refused() -> None:
+    with pytest.raises(ValueError, match="shared by all processes: bias_correction=True is not computed in strips"):
+        DriftingLoss(bias_correction=True, share_groups=True)(torch.randn(4, 2), torch.randn(3, 2))
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers how many entries the largest result of any operation had."""
 
