@@ -51,7 +51,7 @@ class Tile(NamedTuple):
     """Of pairs, and how a program works on it."""
 
     rows: int = 128
-    columns: int = 256  # a multiple of `rows`
+    columns: int = 256  # a multiple of `rows` and of `block`
     block: int = 64  # coordinates at a time
     warps: int = 8
     stages: int = 3
@@ -183,19 +183,17 @@ class TileDrift:
         is_padding = torch.ones_like(weight, dtype=torch.bool)
         weight_unit = torch.exp2(torch.ceil(torch.log2(given.max().clamp(min=1.0))))
         values = points if unconditional_weight is None else torch.zeros_like(points)
-        start = 0
-        for number, (some, some_weight) in enumerate(
-            zip(centred.points.split(counts), given.split(counts), strict=True)
-        ):
-            place = slice(start, start + len(some))
-            some = some / unit
+        start, padded_start = 0, 0
+        for count, padded_count in zip(counts, padded, strict=True):
+            given_place, place = slice(start, start + count), slice(padded_start, padded_start + count)
+            some = centred.points[given_place] / unit
             points[:, place, : self._dimension] = _in_two(some)
             if unconditional_weight is not None:  # a factor of the targets: A itself fills the range of float16
-                factor = some_weight[:, None] / weight_unit if number < len(sets) - 1 else 1.0
+                factor = given[given_place, None] / weight_unit if padded_start < num_negatives else 1.0
                 values[:, place, : self._dimension] = _in_two(some * factor)
-            weight[place] = some_weight
+            weight[place] = given[given_place]
             is_padding[place] = False
-            start += padded[number]
+            start, padded_start = start + count, padded_start + padded_count
         # In one piece for all targets: those of equal points are equal to the bit.
         rounded = points[0].float()
         norms = torch.stack([rounded.square().sum(-1), rounded.add_(points[1]).square_().sum(-1)])
