@@ -39,9 +39,14 @@ def load(table: str, *overrides: str) -> AblateConfig:
     return load_config(AblateConfig, config_dir=CONFIG_DIR, config_name="ablate", overrides=words)
 
 
-def tiny(folder: Path, rows: dict[str, RowConfig], *, seeds: tuple[int, ...] = (0,)) -> AblateConfig:
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("judges")
+
+
+def tiny(folder: Path, judges: Path, rows: dict[str, RowConfig], *, seeds: tuple[int, ...] = (0,)) -> AblateConfig:
     config = load("fields")
-    config = replace(config, folder=folder / "tables", seeds=seeds, overrides=(*TINY, f"judge.folder={folder}/judges"))
+    config = replace(config, folder=folder / "tables", seeds=seeds, overrides=(*TINY, f"judge.folder={judges}"))
     return replace(config, table=replace(config.table, rows=rows))
 
 
@@ -74,8 +79,8 @@ def test_runs_are_shared_by_tables_and_encoders_by_rows_with_the_same_encoder() 
     assert len({run.config.encoder.run_dir for run in encoders if run.seed == 0}) == len(load("encoders").rows)
 
 
-def test_a_row_with_an_unknown_key_is_refused_before_any_work(tmp_path: Path) -> None:
-    config = tiny(tmp_path, {"default": RowConfig(), "typo": RowConfig(overrides=("loss.atraction=2",))})
+def test_a_row_with_an_unknown_key_is_refused_before_any_work(tmp_path: Path, judges: Path) -> None:
+    config = tiny(tmp_path, judges, {"default": RowConfig(), "typo": RowConfig(overrides=("loss.atraction=2",))})
     with pytest.raises(UserError, match=r"table fields, row 'typo': unknown key 'loss.atraction'.*loss.attraction"):
         ablate.main(config)
     assert not (tmp_path / "tables").exists()
@@ -120,9 +125,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_rows_are_run_once_and_a_failing_one_is_a_row_that_says_so(
-    tmp_path: Path, started: list[str], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, judges: Path, started: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny(tmp_path, {"default": RowConfig(), "diverges": BROKEN}, seeds=(0, 1))
+    config = tiny(tmp_path, judges, {"default": RowConfig(), "diverges": BROKEN}, seeds=(0, 1))
     config = replace(config, table=replace(config.table, rows={"default": RowConfig()}), seeds=(0,))
     assert ablate.main(config) == 0
     assert started == ["vision.train default seed0"]
@@ -159,8 +164,8 @@ def test_rows_are_run_once_and_a_failing_one_is_a_row_that_says_so(
     assert "default, seed 1: Fréchet" in capfd.readouterr().out
 
 
-def test_guidance_scales_are_judged_of_one_model(tmp_path: Path, started: list[str]) -> None:
-    config = tiny(tmp_path, {"default": RowConfig()})
+def test_guidance_scales_are_judged_of_one_model(tmp_path: Path, judges: Path, started: list[str]) -> None:
+    config = tiny(tmp_path, judges, {"default": RowConfig()})
     config = replace(config, table=replace(config.table, guidance_scales=(1.0, 2.5)))
     assert ablate.main(config) == 0 and ablate.main(config) == 0
     assert started == ["vision.train default seed0", "vision.evaluate default seed0"]
@@ -215,8 +220,10 @@ def test_a_stop_is_passed_on_and_nothing_more_is_started(tmp_path: Path) -> None
     assert runs[0].log.exists() and not runs[1].log.exists()
 
 
-def test_folder_of_another_run_is_refused_rather_than_a_failed_row(tmp_path: Path, started: list[str]) -> None:
-    config = tiny(tmp_path, {"default": RowConfig()})
+def test_folder_of_another_run_is_refused_rather_than_a_failed_row(
+    tmp_path: Path, judges: Path, started: list[str]
+) -> None:
+    config = tiny(tmp_path, judges, {"default": RowConfig()})
     (run,) = runs_of(config)
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text("seed: 5\n", encoding="utf-8")
@@ -244,14 +251,14 @@ def test_speed_is_that_of_training_whatever_pauses_lay_between(tmp_path: Path) -
     assert training_rate(tmp_path / "absent") is None
 
 
-def test_equal_time_gives_a_row_of_half_the_speed_half_the_images(tmp_path: Path) -> None:
+def test_equal_time_gives_a_row_of_half_the_speed_half_the_images(tmp_path: Path, judges: Path) -> None:
     rows = {
         "default": RowConfig(),
         "slow": RowConfig(overrides=("loss.attraction=1.5",)),
         "same": RowConfig(overrides=("loss.attraction=2.0",)),
         "not run": RowConfig(overrides=("loss.repulsion=2.0",)),
     }
-    config = replace(tiny(tmp_path, rows, seeds=(0, 1)), equal="time")
+    config = replace(tiny(tmp_path, judges, rows, seeds=(0, 1)), equal="time")
     for name, rate in (("default", 100.0), ("slow", 50.0), ("same", 104.0)):
         log(run_of(config, name, 0).folder, rate)
     runs = runs_of_equal_time(config)
@@ -309,9 +316,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # of a machine that is busy; a minute otherwise
-def test_killed_with_all_its_processes_and_stopped_it_goes_on_to_the_same_figures(tmp_path: Path) -> None:
+def test_killed_with_all_its_processes_and_stopped_it_goes_on_to_the_same_figures(tmp_path: Path, judges: Path) -> None:
     def start(name: str) -> subprocess.Popen[str]:
-        quoted = ",".join(f'"{word}"' for word in (*TINY, f"judge.folder={tmp_path}/judges"))
+        quoted = ",".join(f'"{word}"' for word in (*TINY, f"judge.folder={judges}"))
         words = ["table=temperatures", f"folder={tmp_path / name}", "seeds=[0]", f"overrides=[{quoted}]"]
         return subprocess.Popen(
             [sys.executable, "-m", "vision.ablate", *words],
