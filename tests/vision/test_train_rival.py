@@ -18,7 +18,7 @@ from vision import train_rival
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import ImageSet, load
 from vision.rivals.config import Method, RivalConfig
-from vision.rivals.training import TRAININGS, RivalTraining, build_generator
+from vision.rivals.training import TRAININGS, GanTraining, RivalTraining, build_generator
 
 METHODS = get_args(Method)
 TINY = (
@@ -26,7 +26,7 @@ TINY = (
     "evaluate_images=100", "generator.hidden_size=16", "generator.num_heads=2", "generator.cond_size=16",
     "generator.depth=1", "judge.epochs=1", "device=cpu", *(f"{method}.batch_size=8" for method in METHODS),
     "flow_matching.evaluations=[1,4]", "mean_flow.apart_share=0.5", "mean_flow.omega=1.5", "mean_flow.kappa=0.25",
-    "mean_flow.evaluations=[1,2]", "gan.r1_every=2",
+    "mean_flow.evaluations=[1,2]",
 )  # fmt: skip
 STEPS = 12
 
@@ -185,10 +185,20 @@ def test_loss_of_what_is_trained_falls(method: str, real: ImageSet) -> None:
     assert sum(values[-10:]) < 0.9 * sum(values[:10])
 
 
-def test_r1_is_computed_every_few_steps(real: ImageSet) -> None:
-    training = training_of("gan", real, "gan.r1_every=3")
-    penalties = [float(training.step()["r1_penalty"]) for _ in range(7)]
-    assert [penalty > 0 for penalty in penalties] == [True, False, False, True, False, False, True]
+def test_penalty_enters_the_gradient_in_proportion_to_gamma(real: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("driftfield.training.Update.__call__", lambda update, rate: 0.0)
+    penalties, gradients = [], []
+    for gamma in (0, 1, 3):
+        training = training_of("gan", real, f"gan.r1_gamma={gamma}")
+        assert isinstance(training, GanTraining)
+        penalties.append(float(training.losses()["r1_penalty"].detach()))
+        weight = training.discriminator.patch_embedding.weight
+        assert weight.grad is not None
+        gradients.append(weight.grad)
+    assert penalties == pytest.approx([0, penalties[1], 3 * penalties[1]]) and penalties[1] > 0
+    of_penalty = gradients[1] - gradients[0]
+    assert of_penalty.norm() > 1e-3 * gradients[0].norm()
+    torch.testing.assert_close(gradients[2] - gradients[0], 3 * of_penalty, rtol=1e-3, atol=1e-6)
 
 
 def test_a_run_does_not_go_on_with_other_data(real: ImageSet) -> None:

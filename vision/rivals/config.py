@@ -93,7 +93,6 @@ class GanConfig(OptimizerConfig):
     """A generative adversarial network."""
 
     r1_gamma: float = option("γ of the gradient penalty (arXiv 1801.04406)", min=0)
-    r1_every: int = option("steps between two penalties, each that many times as strong", min=1)
 
 
 @dataclass(kw_only=True)

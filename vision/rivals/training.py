@@ -13,7 +13,7 @@ from vision.data import ImageSet, to_float
 from vision.generator import ImageGenerator
 from vision.rivals.config import Method, OptimizerConfig, RivalConfig
 from vision.rivals.flow_matching import FlowMatchingGenerator, Sampler, flow_matching_error
-from vision.rivals.gan import Discriminator, PenalisedLogits, discriminator_loss, generator_loss, penalised_logits
+from vision.rivals.gan import Discriminator, discriminator_loss, generator_loss, penalised_logits
 from vision.rivals.mean_flow import (
     MeanFlowGenerator,
     adaptive_error,
@@ -258,11 +258,10 @@ class GanTraining(RivalTraining):
         real = self.draw_real()
         with torch.no_grad():
             generated = self._generate("discriminator", real.labels)
-        of_real, squared_gradient = self._judge_real(real)
+        of_real, squared_gradient = penalised_logits(lambda images: self._judge(images, real.labels), real.images)
         of_generated = self._judge(generated, real.labels)
         loss = discriminator_loss(of_real, of_generated).sum()
-        # Every r1_every-th step, by as much more: arXiv 1912.04958, section 3.1.
-        penalty = self.config.gan.r1_gamma / 2 * self.config.gan.r1_every * squared_gradient.sum()
+        penalty = self.config.gan.r1_gamma / 2 * squared_gradient.sum()
         self.discriminator.zero_grad(set_to_none=True)
         ((loss + penalty) / self.samples_per_step).backward()
         self.discriminator_update(self.learning_rate())
@@ -297,12 +296,6 @@ class GanTraining(RivalTraining):
         style = (self.uniform(f"style of {purpose}", model.num_styles) * model.num_style_entries).long()
         with self.autocast():
             return model(noise, labels, torch.ones_like(labels, dtype=noise.dtype), style).float()
-
-    def _judge_real(self, real: RealBatch) -> PenalisedLogits:
-        if self.step_number % self.config.gan.r1_every:
-            logits = self._judge(real.images, real.labels)
-            return PenalisedLogits(logits, torch.zeros_like(logits))
-        return penalised_logits(lambda images: self._judge(images, real.labels), real.images)
 
     def _judge(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.autocast():
