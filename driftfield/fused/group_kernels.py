@@ -449,6 +449,15 @@ def _coefficients(
 
 
 @triton.jit
+def _rate(t, TEMPERATURES: tl.constexpr):
+    """log2(e) / τ of a temperature that is known only as the kernel runs."""
+    rate = LOG2_E / TEMPERATURES[0]
+    for i in tl.static_range(1, len(TEMPERATURES)):
+        rate = tl.where(t == i, LOG2_E / TEMPERATURES[i], rate)
+    return rate
+
+
+@triton.jit
 def _combined(
     x_distance, u_distance, p_distance, terms, w, factors,
     X: tl.constexpr, U: tl.constexpr, P: tl.constexpr, TEMPERATURES: tl.constexpr,
@@ -460,11 +469,11 @@ def _combined(
     to_u = to_x  # not used
     if U > 0:
         to_u = tl.zeros([X, U], tl.float32)
-    for t in tl.static_range(len(TEMPERATURES)):
+    for t in range(0, len(TEMPERATURES)):
         factor = tl.load(factors + t)
         of_t = _load_terms(terms + t * (2 * X + U + P), X, U, P)
         more_x, more_u, more_p = _coefficients(
-            x_distance, u_distance, p_distance, of_t, w, LOG2_E / TEMPERATURES[t],
+            x_distance, u_distance, p_distance, of_t, w, _rate(t, TEMPERATURES),
             X, U, FLOOR, OVER, ATTRACTION, REPULSION,
         )  # fmt: skip
         to_x += factor * more_x
@@ -545,7 +554,9 @@ def forces(
 
     |F|² = cᵀ G c: the points are not read. `scales` holds what distances and coordinates are divided by.
     """
-    group = tl.program_id(0).to(tl.int64)
+    # One program for each temperature of a group: one for all of them would need more registers than there are.
+    group = tl.program_id(0).to(tl.int64) // len(TEMPERATURES)
+    t = tl.program_id(0) % len(TEMPERATURES)
     unit = tl.load(units + group)
     scale, coordinate_scale = tl.load(scales), tl.load(scales + 1)
     rows += group * (X * (X + U + P))
@@ -560,17 +571,16 @@ def forces(
     if U > 0:
         w = _weight(weight, w_row, NUM_U, U, WEIGHTED)
     largest_norm = _largest_norm(norms, X, U, P)
-    gram_parts = _gram_parts(rows, others, largest_norm, X, U, P)
     factor = unit / coordinate_scale
-    for t in tl.static_range(len(TEMPERATURES)):
-        of_t = _terms(x_distance, u_distance, p_distance, LOG2_E / TEMPERATURES[t], U, OVER)
-        _store_terms(terms + t * (2 * X + U + P), of_t, X, U, P)
-        to_x, to_u, to_p = _coefficients(
-            x_distance, u_distance, p_distance, of_t, w, LOG2_E / TEMPERATURES[t],
-            X, U, FLOOR, OVER, ATTRACTION, REPULSION,
-        )  # fmt: skip
-        square = _square(to_x, to_u, to_p, gram_parts, largest_norm, factor, X, U, P)
-        tl.store(squares + group * len(TEMPERATURES) + t, square)
+    of_t = _terms(x_distance, u_distance, p_distance, _rate(t, TEMPERATURES), U, OVER)
+    _store_terms(terms + t * (2 * X + U + P), of_t, X, U, P)
+    to_x, to_u, to_p = _coefficients(
+        x_distance, u_distance, p_distance, of_t, w, _rate(t, TEMPERATURES),
+        X, U, FLOOR, OVER, ATTRACTION, REPULSION,
+    )  # fmt: skip
+    gram_parts = _gram_parts(rows, others, largest_norm, X, U, P)
+    square = _square(to_x, to_u, to_p, gram_parts, largest_norm, factor, X, U, P)
+    tl.store(squares + group * len(TEMPERATURES) + t, square)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ What one group costs, for N = P = 64 and M = 16 in D coordinates of b bytes and 
 | kernel | reads | writes | products of 16-bit parts |
 |---|---|---|---|
 | gram | 144 D b | 58 KB | 29.2 D kFLOP, 6 times (4 times for 16-bit features) |
-| forces | 58 KB | 2.5 KB | 1.87 MFLOP, 3 times for each temperature |
+| forces | 58 KB, once more per further temperature from the cache | 2.5 KB | 1.87 MFLOP, 3 times for each temperature |
 | losses | 58 + 2.5 KB | 4 B | 1.87 MFLOP, 3 times |
 | drift | 144 D b + 37 + 2.5 KB | 64 D b | 18.4 D kFLOP, 3 times |
 
@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from driftfield.drift import SCALE_FLOOR, DriftingBatch, FieldOptions, coordinate_scale
@@ -60,6 +59,11 @@ def unsupported(batch: DriftingBatch, options: FieldOptions) -> str | None:
     for name, (points, limit) in limits.items():
         if points.shape[-2] > limit:
             return f"{points.shape[-2]} {name} samples per group, expected at most {limit}"
+    entries = sum(_Sizes.of(x, positives, unconditional).num_pairs)
+    if entries > _max_entries(x.device):
+        return (
+            f"{entries} entries of the Gram matrix of a group, expected at most {_max_entries(x.device)} on {x.device}"
+        )
     if x.dtype not in DTYPES:
         return f"{x.dtype}, expected float32, bfloat16 or float16"
     if len(options.temperatures) > MAX_TEMPERATURES:
@@ -72,6 +76,12 @@ def unsupported(batch: DriftingBatch, options: FieldOptions) -> str | None:
     return None
 
 
+def _max_entries(device: torch.device) -> int:
+    """How many fit into the shared memory of one program: 227 KiB from Hopper on, 163 KiB before."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return 36 * 1024 if hopper else 24 * 1024
+
+
 class GroupDrift:
     """`driftfield.drift.Drift` of many small groups.
 
@@ -80,7 +90,9 @@ class GroupDrift:
 
     def __init__(self, batch: DriftingBatch, options: FieldOptions) -> None:
         self._batch, self._options = batch, options
-        self._frozen = DriftingBatch(*(None if part is None else part.detach() for part in batch))
+        x, positives, *rest = batch
+        unconditional, weight = (None if part is None else part.detach() for part in rest)
+        self._frozen = DriftingBatch(x.detach(), positives.detach(), unconditional, weight)
         *self._pairs, sums = _gram(*self._frozen)
         self.scale_sums = sums.sum(0)
         self._forces: tuple[Tensor, Tensor] | None = None  # ΣF² of each group and temperature, and softmax terms
@@ -120,7 +132,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, other_rows: Tensor, options: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         *others, rows, norms, units, scales, terms, factor = tensors
-        squares = _losses(x, *others, rows, other_rows, norms, units, scales, terms, factor, *options)  # [groups]
+        pairs = (rows, other_rows, norms, units)
+        squares: Tensor = _losses(x, *others, *pairs, scales, terms, factor, *options)  # [groups]
         return (squares / (x.shape[-2] * x.shape[-1])).reshape(x.shape[:-2])
 
     @staticmethod
@@ -175,13 +188,14 @@ class _Sizes(NamedTuple):
         """Warps and stages."""
         return {"num_warps": 8, "num_stages": 2}
 
-    def columns(self, dtype: torch.dtype) -> int:
-        """Coordinates at a time: 128 bytes of each point, a line of the cache."""
-        return min(128 // dtype.itemsize, _block(self.dimension))
+    @property
+    def columns(self) -> int:
+        """Coordinates at a time."""
+        return min(32 if sum(self.blocks) <= 160 else 16, _block(self.dimension))
 
 
 def _block(count: int) -> int:
-    return max(16, triton.next_power_of_2(count))
+    return max(16, 1 << (count - 1).bit_length())
 
 
 class _Layout(NamedTuple):
@@ -207,8 +221,7 @@ def _layout(tensors: Sequence[Tensor]) -> _Layout | None:
         return None
     merged += [(1, [0] * len(tensors))] * (2 - len(merged))
     (num_inner, inner), (_, outer) = merged
-    strides = [[outer[i], inner[i], *tensor.stride()[-2:]] for i, tensor in enumerate(tensors)]
-    return _Layout(num_inner, strides)
+    return _Layout(num_inner, [[outer[i], inner[i], *tensor.stride()[-2:]] for i, tensor in enumerate(tensors)])
 
 
 def _sets(batch: DriftingBatch) -> list[Tensor]:
@@ -229,13 +242,15 @@ def _options(
     return {"WEIGHTED": weight is not None, "TEMPERATURES": tuple(temperatures), **numbers}
 
 
-def _launch(kernel: Any, pointers: Sequence[Tensor], layout: _Layout | None, groups: int, **constants: Any) -> None:
+def _launch(kernel: Any, pointers: Sequence[Tensor], layout: _Layout | None, programs: int, **constants: Any) -> None:
     if layout is None:
         raise ValueError("the groups lie in memory as `unsupported` says they must not")
     strides = [stride for strides in layout.strides for stride in strides]
-    with torch.cuda.device_of(pointers[0]):
-        kernel[(groups,)](*pointers, *strides, layout.num_inner, **constants)
+    with torch.cuda.device_of(pointers[0]):  # type: ignore[no-untyped-call]
+        kernel[(programs,)](*pointers, *strides, layout.num_inner, **constants)
 
+
+_Pairs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The launches are operators, so that torch.compile takes them as they are.
 
@@ -246,7 +261,8 @@ def _gram(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gram matrices of x with all and of the others, squared norms, units, and what groups add to `scale_sums`."""
     sizes = _Sizes.of(x, positives, unconditional)
-    outputs = rows, *_, units, _ = _new_pairs(x, positives, unconditional, weight)
+    outputs: _Pairs = _new_pairs(x, positives, unconditional, weight)
+    rows, _, _, units, _ = outputs
     states = torch.empty_like(units, dtype=torch.int32)
     sets = _sets(DriftingBatch(x, positives, unconditional, weight))
     for again in (False, True):
@@ -257,7 +273,7 @@ def _gram(
             len(rows),
             **sizes.constants(),
             D=sizes.dimension,
-            COLUMNS=sizes.columns(x.dtype),
+            COLUMNS=sizes.columns,
             WEIGHTED=weight is not None,
             INPUT_EPSILON=torch.finfo(x.dtype).eps,
             AGAIN=again,
@@ -267,9 +283,7 @@ def _gram(
 
 
 @_gram.register_fake
-def _new_pairs(
-    x: Tensor, positives: Tensor, unconditional: Tensor | None, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _new_pairs(x: Tensor, positives: Tensor, unconditional: Tensor | None, weight: Tensor | None) -> _Pairs:
     sizes = _Sizes.of(x, positives, unconditional)
     groups = x.shape[:-2].numel()
     shapes = [(size,) for size in (*sizes.num_pairs, sum(sizes.blocks))] + [(), (3,)]
@@ -302,7 +316,7 @@ def _forces(
         kernels.forces,
         [rows, others, norms, units, weights, scales, terms, squares],
         _layout([weights]),
-        len(rows),
+        len(rows) * len(temperatures),
         **sizes.constants(),
         **_options(weight, temperatures, floor, over, attraction, repulsion),
         **sizes.launch("forces"),
@@ -383,7 +397,7 @@ def _drift(
 ) -> Tensor:
     """Gradient to x, whose loss of each group has the gradient `upstream`."""
     sizes = _Sizes.of(x, positives, unconditional)
-    gradient = _new_gradient(x, positives, unconditional, weight)
+    gradient: Tensor = _new_gradient(x, positives, unconditional, weight)
     sets = [*_sets(DriftingBatch(x, positives, unconditional, weight)), gradient]
     _launch(
         kernels.drift,
@@ -392,7 +406,7 @@ def _drift(
         len(rows),
         **sizes.constants(),
         D=sizes.dimension,
-        COLUMNS=sizes.columns(x.dtype),
+        COLUMNS=sizes.columns,
         **_options(weight, temperatures, floor, over, attraction, repulsion),
         **sizes.launch("drift"),
     )

@@ -331,7 +331,7 @@ def kernels_of(num_x: int, num_u: int, num_p: int, dimension: int, dtype: torch.
     pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
     points = dict.fromkeys(("x", "unconditional", "positives", "gradient"), pointers[dtype]) | {"states": "*i32"}
     options = {"TEMPERATURES": [0.02, 0.05, 0.2], "FLOOR": 1e-3, "OVER": "xy", "ATTRACTION": 1.0, "REPULSION": 1.0}
-    whole = {"D": dimension, "COLUMNS": sizes.columns(dtype)}
+    whole = {"D": dimension, "COLUMNS": sizes.columns}
     first = {**whole, "INPUT_EPSILON": torch.finfo(dtype).eps}
     kinds = [("gram", {**first, "AGAIN": False}), ("gram", {**first, "AGAIN": True})]
     kinds += [("forces", options), ("losses", options), ("drift", {**whole, **options})]
@@ -351,13 +351,15 @@ def kernels_of(num_x: int, num_u: int, num_p: int, dimension: int, dtype: torch.
     return kernels
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_small_groups_compile_for_gpus(assert_compiles: Any) -> None:
     assert_compiles(kernels_of(3, 2, 5, 20, torch.float32))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("sizes", [(64, 16, 64, 256), (64, 32, 128, 256), (64, 0, 64, 2048)])
+@pytest.mark.parametrize("sizes", [(64, 16, 64, 256), (64, 0, 64, 2048)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_groups_of_images_compile_for_gpus(sizes: Any, dtype: torch.dtype, assert_compiles: Any) -> None:
     assert_compiles(kernels_of(*sizes, dtype))
@@ -372,6 +374,10 @@ def test_groups_of_images_compile_for_gpus(sizes: Any, dtype: torch.dtype, asser
         ({"x": torch.zeros(2, 65, 4)}, "65 generated samples per group, expected at most 64"),
         ({"positives": torch.zeros(2, 129, 4)}, "129 positive samples"),
         ({"unconditional": torch.zeros(2, 65, 4)}, "65 unconditional samples"),
+        (
+            {"x": torch.zeros(2, 64, 4), "positives": torch.zeros(2, 128, 4), "unconditional": torch.zeros(2, 64, 4)},
+            "45056 entries of the Gram matrix",
+        ),
         ({"x": torch.zeros(2, 3, 4, dtype=torch.float64)}, "float64"),
         (
             {"x": torch.zeros(4, 3, 2, 5, 4).transpose(0, 2), "positives": torch.zeros(2, 3, 4, 5, 4)},
