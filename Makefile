@@ -3,7 +3,7 @@
 #
 # On Linux the locked PyTorch carries its CUDA libraries, several GB. Without a GPU, and without the lock's hashes,
 # a smaller set-up does: python3 -m venv .venv, then PyTorch's CPU build as its own web page says, then
-#   .venv/bin/pip install -e '.[vision,policy,simulators,tensorboard,dev]' && touch .venv/.driftfield-ready
+#   .venv/bin/pip install -e '.[vision,policy,simulators,fused,tensorboard,dev]' && touch .venv/.driftfield-ready
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -38,7 +38,8 @@ test-slow: $(READY) ## the tests that take minutes each
 
 lock: $(READY) ## write requirements.lock anew from pyproject.toml
 	$(RUN) -m uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
-	  --custom-compile-command 'make lock' --extra vision --extra policy --extra simulators --extra tensorboard --extra dev \
+	  --custom-compile-command 'make lock' --extra vision --extra policy --extra simulators --extra fused \
+	  --extra tensorboard --extra dev \
 	  --output-file requirements.lock $(LOCK_FLAGS) pyproject.toml
 
 clean: ## remove the virtual environment and all caches; runs/ and data/ stay

@@ -84,6 +84,7 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def test_the_core_of_driftfield_imports_only_torch_and_the_standard_library() -> None:
+    """But for the kernels, which nothing imports that does not run them (see test_backend)."""
     allowed = sys.stdlib_module_names | {"torch", "driftfield"}
     core = {name: path for name, path in modules("driftfield").items() if not name.startswith(MORE_THAN_TORCH)}
     assert {"driftfield", "driftfield.field", "driftfield.loss"} <= core.keys()
@@ -91,7 +92,8 @@ def test_the_core_of_driftfield_imports_only_torch_and_the_standard_library() ->
         f"{path.relative_to(ROOT)} imports {name}"
         for module, path in core.items()
         for name in imports_of(path, module)
-        if name.partition(".")[0] not in allowed or name.startswith(MORE_THAN_TORCH)
+        if name.partition(".")[0] not in (allowed | {"triton"} if module.startswith("driftfield.fused") else allowed)
+        or name.startswith(MORE_THAN_TORCH)
     ]
     assert wrong == []
 
@@ -194,12 +196,13 @@ def test_what_the_packages_import_is_what_pyproject_requires() -> None:
     optional = declared_distributions("wandb") - declared_distributions()  # not in the lock, so not installed
     imported = imported_distributions(*MAY_IMPORT)
     missing = {f"{name}-is-not-installed" for name in optional}
-    declared = declared_distributions("train", "vision", "envs", "policy", "simulators", "tensorboard")
+    declared = declared_distributions("train", "vision", "envs", "policy", "simulators", "fused", "tensorboard")
     assert imported - declared - missing == set(), "imported but not required"
     only_files = {"gymnasium-robotics"}  # envs.kitchen reads its model
     assert declared - imported == only_files, "required but never imported"
 
 
 def test_what_the_tests_import_is_what_pyproject_requires() -> None:
-    declared = declared_distributions("train", "vision", "envs", "policy", "simulators", "tensorboard", "wandb", "dev")
+    extras = ("train", "vision", "envs", "policy", "simulators", "fused", "tensorboard", "wandb", "dev")
+    declared = declared_distributions(*extras)
     assert imported_distributions("tests") - declared == set()
