@@ -31,6 +31,8 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "vision.sample": (),
     "vision.evaluate": ("num=100", "guidance_scales=[1,2]"),
     "vision.neighbours": (),
+    "vision.ablate": (),  # only its --help
+    "vision.train_rival": ("images=320", "judge.epochs=1", "evaluate_images=100", "flow_matching.evaluations=[1,4]"),
     "vision.check_encoder": ("num=100",),
     "policy.train": (
         "demonstrations.collect=10",
