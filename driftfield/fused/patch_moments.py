@@ -96,9 +96,13 @@ def _why_not_fused(feature_map: Tensor, sizes: tuple[int, ...]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked while torch.compile traces
 def _why_not_trusted(device: torch.device, dtype: torch.dtype) -> str | None:
     return _disagreement(device, dtype)
+
+
+# Asked while torch.compile traces: what torch.compiler.assume_constant_result marks, but for its import of the
+# compiler, which every program would wait for.
+_why_not_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
