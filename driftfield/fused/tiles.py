@@ -57,6 +57,15 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
+OLDER_TILE = Tile(columns=128)
+
+
+def tile_for(device: torch.device) -> Tile:
+    """What fits into the registers of a GPU: before Hopper the products keep both factors in them."""
+    is_older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return OLDER_TILE if is_older else Tile()
+
+
 class _Group(NamedTuple):
     """The targets of one group: x, unconditional and positives, each with padding up to a multiple of the tile."""
 
@@ -99,11 +108,11 @@ class TileDrift:
     Args:
         batch: checked, on a GPU.
         options: of the field.
-        tile: other sizes than those for an A100 or H100.
+        tile: other sizes than `tile_for` the device.
     """
 
     def __init__(self, batch: DriftingBatch, options: FieldOptions, *, tile: Tile | None = None) -> None:
-        self._x, self._options, self._tile = batch.x, options, Tile() if tile is None else tile
+        self._x, self._options, self._tile = batch.x, options, tile_for(batch.x.device) if tile is None else tile
         self._num_samples, self._dimension = batch.x.shape[-2:]
         # Under "paper" τ is no multiple of the mean distance, and may be small beside it.
         coarse = options.normalize_features and min(options.temperatures) * self._dimension**0.5 >= FINEST_TEMPERATURE

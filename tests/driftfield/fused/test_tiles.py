@@ -14,7 +14,7 @@ from torch import Tensor
 
 from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
 from driftfield.fused import tiles
-from driftfield.fused.tiles import Tile, TileDrift, unsupported
+from driftfield.fused.tiles import OLDER_TILE, Tile, TileDrift, unsupported
 from driftfield.kernel import NormalizeOver
 
 from .. import oracle
@@ -232,7 +232,7 @@ def compile_ahead(kernels: list[tuple[str, dict[str, int]]], capability: int, fo
     """What the kernels need of a GPU that need not be there, in the tiles that they run in."""
     from driftfield.fused import tile_kernels
 
-    tile = Tile()
+    tile = Tile() if capability >= 90 else OLDER_TILE
     kinds = dict.fromkeys(("rounding", "gain", "attraction", "repulsion"), "fp32")
     kinds |= dict.fromkeys(("points", "weights", "remainders"), "*fp16") | {"near_targets": "*i32"}
     integers = "first_row num_rows num_samples padded_samples num_targets dimension out_dimension first_tile num_tiles"
