@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from driftfield.checks import working_dtype
-from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
+from driftfield.drift import Drift, DriftingBatch, EagerDrift
+from driftfield.field import FieldOptions
 from driftfield.tiled import TiledDrift
 from driftfield.tiled import unsupported as unsupported_by_tiles
 

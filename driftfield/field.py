@@ -1,12 +1,169 @@
 """The drifting field V = V+ - V- of a generated distribution q towards the data p (Eq. 8-12, Alg. 2)."""
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
-from driftfield.checks import check_points, check_weight, working_dtype
-from driftfield.drift import SINKHORN_ITERATIONS, Field, FieldOptions, check_options, compute_forces
-from driftfield.kernel import SQUARED_DISTANCE_FLOOR, NormalizeOver, centre, distances
-from driftfield.sinkhorn import SecondBatch
+from driftfield.checks import check_choice, check_points, check_weight, working_dtype
+from driftfield.forces import mmd_drift, weighted_drift
+from driftfield.kernel import SQUARED_DISTANCE_FLOOR, NormalizeOver, affinity, centre, distances
+from driftfield.sinkhorn import SecondBatch, sinkhorn_drift
+
+SINKHORN_ITERATIONS = 10
+
+Field = Literal["drifting", "sinkhorn", "mmd"]
+
+
+class FieldOptions(NamedTuple):
+    """What the formula of the field depends on, as the keywords of `DriftingLoss`."""
+
+    temperatures: tuple[float, ...]
+    normalize_features: bool
+    affinity_floor: float
+    normalize_over: NormalizeOver
+    attraction: float
+    repulsion: float
+    # fields beyond the paper
+    field: Field = "drifting"
+    bias_correction: bool = False
+    sinkhorn_iterations: int = SINKHORN_ITERATIONS
+    second_batch: SecondBatch = "self"
+
+
+def check_options(options: FieldOptions) -> None:
+    """Refuse options out of range, and those without meaning for the chosen field.
+
+    Raises:
+        ValueError: one is.
+
+    >>> check_options(FieldOptions((0.2,), True, 0.0, "y", 1.0, 1.0, field="mmd"))
+    Traceback (most recent call last):
+    ...
+    ValueError: field='mmd' has no affinity to normalise: normalize_over must be left at 'xy', got 'y'
+    """
+    check_choice("normalize_over", options.normalize_over, NormalizeOver)
+    check_choice("field", options.field, Field)
+    check_choice("second_batch", options.second_batch, SecondBatch)
+    if not options.temperatures or not all(temperature > 0 for temperature in options.temperatures):
+        raise ValueError(f"temperatures must be one or more numbers > 0, got {options.temperatures}")
+    if not options.affinity_floor >= 0:
+        raise ValueError(f"affinity_floor must be >= 0, got {options.affinity_floor}")
+    if not options.sinkhorn_iterations >= 0:
+        raise ValueError(f"sinkhorn_iterations must be >= 0, got {options.sinkhorn_iterations}")
+    if options.field != "drifting":
+        nothing = f"field={options.field!r} has no affinity to"
+        if options.normalize_over != "xy":
+            raise ValueError(
+                f"{nothing} normalise: normalize_over must be left at 'xy', got {options.normalize_over!r}"
+            )
+        if options.affinity_floor:
+            raise ValueError(f"{nothing} bound: affinity_floor must be 0, got {options.affinity_floor}")
+    if options.bias_correction and (options.field != "drifting" or options.normalize_over not in ("xy", "y")):
+        raise ValueError(
+            "bias_correction is for centroids under weights that a softmax over targets divides by their sum: it needs "
+            f"field='drifting' and normalize_over 'xy' or 'y', got {options.field!r} and {options.normalize_over!r}"
+        )
+    if options.field != "sinkhorn":
+        if options.sinkhorn_iterations != SINKHORN_ITERATIONS:
+            raise ValueError(f"sinkhorn_iterations needs field='sinkhorn', got {options.field!r}")
+        if options.second_batch != "self":
+            raise ValueError(f"second_batch={options.second_batch!r} needs field='sinkhorn', got {options.field!r}")
+
+
+def check_repulsion(num_generated: int, num_unconditional: int, options: FieldOptions) -> None:
+    """Refuse groups of one sample that nothing repels.
+
+    Raises:
+        ValueError: so they are.
+
+    >>> check_repulsion(1, 0, FieldOptions((0.2,), True, 1e-6, "xy", 1.0, 1.0))  # the floor gives it affinity to itself
+    """
+    if num_generated == 1 and num_unconditional == 0 and options.affinity_floor == 0 and options.repulsion:
+        raise ValueError("a group of one generated sample has nothing that repels it: give 2 or unconditional ones")
+
+
+def compute_forces(
+    distance: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    num_negatives: int,
+    options: FieldOptions,
+    *,
+    least_distance: Tensor | float,
+    negative_weight: Tensor | None = None,
+    mask_self: bool = False,
+) -> list[Tensor]:
+    """The field that the options choose.
+
+    Args:
+        distance: `[..., N, T]`.
+        x: `[..., N, D]`.
+        targets: `[..., T, D]`, the negatives first.
+        num_negatives: M, how many of the T targets repel.
+        options: `normalize_features` is for whoever made `distance`.
+        least_distance: that of equal points.
+        negative_weight: `[..., M]`; 1 if absent.
+        mask_self: the first N targets are x itself, and a sample does not count itself.
+
+    Returns:
+        V of every temperature, `[..., N, D]`.
+
+    >>> x, targets = torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]])
+    >>> options = FieldOptions((1.0,), False, 0.0, "y", 1.0, 1.0)
+    >>> compute_forces((targets - x).abs().T, x, targets, 1, options, least_distance=0.0)[0].item()
+    0.5
+    """
+    if options.field == "sinkhorn":
+        return sinkhorn_drift(
+            distance,
+            options.temperatures,
+            x,
+            targets,
+            num_negatives,
+            iterations=options.sinkhorn_iterations,
+            second_batch=options.second_batch,
+            negative_weight=negative_weight,
+            mask_self=mask_self,
+            attraction=options.attraction,
+            repulsion=options.repulsion,
+        )
+    forces = []
+    for temperature in options.temperatures:
+        if options.field == "mmd":
+            force = mmd_drift(
+                distance,
+                temperature,
+                x,
+                targets,
+                num_negatives,
+                least_distance=least_distance,
+                negative_weight=negative_weight,
+                mask_self=mask_self,
+                attraction=options.attraction,
+                repulsion=options.repulsion,
+            )
+        else:
+            weights = affinity(
+                distance,
+                temperature,
+                normalize_over=options.normalize_over,
+                mask_self=mask_self,
+                floor=options.affinity_floor,
+            )  # [..., N, T]
+            force = weighted_drift(
+                weights,
+                x,
+                targets,
+                num_negatives,
+                negative_weight=negative_weight,
+                cross_weights=options.normalize_over != "x",
+                bias_correction=options.bias_correction,
+                attraction=options.attraction,
+                repulsion=options.repulsion,
+            )
+        forces.append(force)
+    return forces
 
 
 def drifting_field(

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from driftfield.backend import Backend, choose_drift
 from driftfield.checks import check_choice, check_finite, check_points, check_weight
-from driftfield.drift import (
-    SINKHORN_ITERATIONS,
-    Drift,
-    DriftingBatch,
-    Field,
-    FieldOptions,
-    check_options,
-    check_repulsion,
-)
+from driftfield.drift import Drift, DriftingBatch
+from driftfield.field import SINKHORN_ITERATIONS, Field, FieldOptions, check_options, check_repulsion
 from driftfield.kernel import NormalizeOver
 from driftfield.normalization import sum_over_processes
 from driftfield.ring import RingDrift

@@ -14,15 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from driftfield.checks import working_dtype
-from driftfield.drift import (
-    SCALE_FLOOR,
-    DriftingBatch,
-    FieldOptions,
-    check_repulsion,
-    coordinate_scale,
-    regress,
-    target_weight,
-)
+from driftfield.drift import SCALE_FLOOR, DriftingBatch, coordinate_scale, regress, target_weight
+from driftfield.field import FieldOptions, check_repulsion
 from driftfield.kernel import CentredPoints, centre_at
 from driftfield.normalization import count_varying, distance_sums, force_sums, sum_over_processes
 from driftfield.tiled import (

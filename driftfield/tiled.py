@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from driftfield.checks import working_dtype
-from driftfield.drift import SCALE_FLOOR, DriftingBatch, FieldOptions, coordinate_scale, regress, target_weight
+from driftfield.drift import SCALE_FLOOR, DriftingBatch, coordinate_scale, regress, target_weight
+from driftfield.field import FieldOptions
 from driftfield.kernel import SQUARED_DISTANCE_FLOOR, NormalizeOver, centre
 from driftfield.normalization import count_varying, force_sums
 

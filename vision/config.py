@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from driftfield import DriftingLoss
 from driftfield.backend import Backend
-from driftfield.drift import Field
+from driftfield.field import Field
 from driftfield.kernel import NormalizeOver
 from driftfield.sinkhorn import SecondBatch
 from driftfield.training import option, to_plain

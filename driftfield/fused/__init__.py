@@ -5,7 +5,8 @@ import os
 
 import torch
 
-from driftfield.drift import Drift, DriftingBatch, FieldOptions
+from driftfield.drift import Drift, DriftingBatch
+from driftfield.field import FieldOptions
 
 CAPABILITY = (8, 0)  # of the device: TF32 and bfloat16 products
 

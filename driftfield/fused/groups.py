@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from driftfield.drift import SCALE_FLOOR, DriftingBatch, FieldOptions, coordinate_scale
+from driftfield.drift import SCALE_FLOOR, DriftingBatch, coordinate_scale
+from driftfield.field import FieldOptions
 from driftfield.fused import group_kernels as kernels
 
 MAX_SAMPLES = 64  # per group; more do not fit into the registers of one program

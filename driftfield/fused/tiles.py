@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftfield.drift import SCALE_FLOOR, DriftingBatch, FieldOptions, coordinate_scale, regress, target_weight
+from driftfield.drift import SCALE_FLOOR, DriftingBatch, coordinate_scale, regress, target_weight
+from driftfield.field import FieldOptions
 from driftfield.fused import tile_kernels
 from driftfield.fused.tile_kernels import ALWAYS, NEVER, WHERE_NEAR
 from driftfield.kernel import SQUARED_DISTANCE_FLOOR, centre

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
+from driftfield.drift import Drift, DriftingBatch, EagerDrift
+from driftfield.field import FieldOptions
 from driftfield.kernel import NormalizeOver
 from driftfield.tiled import TiledDrift, force, mask_self, pull, unsupported
 
@@ -167,7 +168,8 @@ def test_refusals() -> None:
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from driftfield.drift import DriftingBatch, EagerDrift, FieldOptions
+from driftfield.drift import DriftingBatch, EagerDrift
+from driftfield.field import FieldOptions
 from driftfield.tiled import TiledDrift
 
 torch.set_num_threads(1)

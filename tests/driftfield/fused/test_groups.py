@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
+from driftfield.drift import Drift, DriftingBatch, EagerDrift
+from driftfield.field import FieldOptions
 from driftfield.fused import group_kernels
 from driftfield.fused.groups import GroupDrift, _Sizes, unsupported
 

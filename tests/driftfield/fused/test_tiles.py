@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftfield.drift import Drift, DriftingBatch, EagerDrift, FieldOptions
+from driftfield.drift import Drift, DriftingBatch, EagerDrift
+from driftfield.field import FieldOptions
 from driftfield.fused import tiles
 from driftfield.fused.tiles import OLDER_TILE, Tile, TileDrift, unsupported
 from driftfield.kernel import NormalizeOver
