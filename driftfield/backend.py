@@ -1,7 +1,6 @@
 """Which of the ways to compute the drift serves a batch: the formulas as they stand, in strips, or fused kernels."""
 
 import logging
-import warnings
 from functools import cache
 from typing import Literal
 
@@ -25,7 +24,7 @@ def choose_drift(batch: DriftingBatch, options: FieldOptions, *, backend: Backen
     """The drift of a batch, computed as `backend` says.
 
     "auto" takes the fused kernels on a GPU that can serve the batch by them and where they agree with eager (tried once
-    per process, on a small batch), and says at level DEBUG of the logger "driftfield" why where it does not.
+    per process and dtype, on a small batch), and says at level DEBUG of the logger "driftfield" why where it does not.
 
     Args:
         batch: checked.
@@ -43,10 +42,12 @@ def choose_drift(batch: DriftingBatch, options: FieldOptions, *, backend: Backen
     reason = fused.unsupported(batch, options)
     if backend == "fused" and reason is not None:
         raise ValueError(f"backend='fused' cannot serve this batch: {reason}")
-    if backend == "auto" and reason is None:
-        reason = _disagreement(batch.x.device)
     if reason is None:
-        return fused.fused_drift(batch, options)
+        kernels = fused.kernels_for(batch, options)
+        if backend == "auto":
+            reason = _disagreement(kernels, batch.x.device, batch.x.dtype)
+        if reason is None:
+            return kernels(batch, options)
     log.debug("backend='auto' takes eager for x %s %s: %s", list(batch.x.shape), batch.x.dtype, reason)
     return _eager(batch, options, memory_mib)
 
@@ -75,22 +76,29 @@ def _eager(batch: DriftingBatch, options: FieldOptions, memory_mib: float | None
 
 
 @cache
-def _disagreement(device: torch.device) -> str | None:
-    """Why not to trust the fused kernels on this device, after one small batch; None: they agree with eager."""
-    from driftfield import fused
+def _disagreement(kernels: type[Drift], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why not to trust these kernels on this device, after one small batch; None: they agree with eager."""
+    from driftfield.fused.trial import disagreement
 
     draw = torch.Generator(device).manual_seed(0)
-    x, positives = (torch.randn(2, 16, 32, generator=draw, device=device) for _ in range(2))
-    options = FieldOptions((0.05, 0.2), True, 1e-6, "xy", 1.0, 1.0)
-    batch, results = DriftingBatch(x, positives), []
-    try:
-        for drift in (EagerDrift(batch, options), fused.fused_drift(batch, options)):
-            scale = drift.scale_sums[0] / drift.scale_sums[1]
-            results.append(torch.cat([scale[None], drift.force_sums(scale)]))
-        error = float(((results[1] - results[0]) / results[0]).abs().max())
-        reason = None if error <= TOLERANCE else f"differ from eager by {error:.1g}"
-    except Exception as exception:  # whatever a compiler or a driver may raise: eager serves
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-    if reason is not None:
-        warnings.warn(f"fused kernels are not used on {device}: {reason}", stacklevel=2)
-    return reason
+    points = [torch.randn(2, number, 32, generator=draw, device=device).to(dtype) for number in (16, 16, 4)]
+    batch = DriftingBatch(*points)
+    return disagreement(
+        f"the kernels of {kernels.__name__}",
+        device,
+        eager=lambda: _outcome(EagerDrift, batch),
+        fused=lambda: _outcome(kernels, batch),
+        tolerance=TOLERANCE + torch.finfo(dtype).eps,  # the gradient is rounded to the dtype of x
+    )
+
+
+@torch.enable_grad()
+def _outcome(kind: type[Drift], batch: DriftingBatch) -> list[Tensor]:
+    """s, the sums of λ², the losses and their gradient."""
+    x = batch.x.detach().requires_grad_()
+    drift = kind(batch._replace(x=x), FieldOptions((0.05, 0.2), True, 1e-6, "xy", 1.0, 1.0))
+    scale = drift.scale_sums[0] / drift.scale_sums[1]
+    sums = drift.force_sums(scale)
+    loss = drift.loss(scale, (sums[-1] / sums[:-1]).sqrt())
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return [scale, *sums, loss.detach(), gradient]

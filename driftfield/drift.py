@@ -30,6 +30,8 @@ class Drift(Protocol):
 
     scale_sums: Tensor  # [3]: numerator and denominator of s (Eq. 21), and how many coordinates vary in their group
 
+    def __init__(self, batch: DriftingBatch, options: FieldOptions) -> None: ...
+
     def force_sums(self, scale: Tensor) -> Tensor:
         """Numerators, one per temperature, and the denominator of λ² = mean(F²) (Eq. 25), `[temperatures + 1]`."""
         ...

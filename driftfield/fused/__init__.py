@@ -25,12 +25,11 @@ def unsupported(batch: DriftingBatch, options: FieldOptions) -> str | None:
     return None if large is None else f"as many small groups: {small}; as few large groups: {large}"
 
 
-def fused_drift(batch: DriftingBatch, options: FieldOptions) -> Drift:
-    """The drift of a batch that `unsupported` has no objection to."""
+def kernels_for(batch: DriftingBatch, options: FieldOptions) -> type[Drift]:
+    """What computes the drift of a batch that `unsupported` has no objection to."""
     from driftfield.fused import groups, tiles
 
-    kind = groups.GroupDrift if groups.unsupported(batch, options) is None else tiles.TileDrift
-    return kind(batch, options)
+    return groups.GroupDrift if groups.unsupported(batch, options) is None else tiles.TileDrift
 
 
 def _unsupported_device(x: torch.Tensor) -> str | None:

@@ -2,8 +2,7 @@
 
 import importlib.util
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from driftfield.checks import check_choice, working_dtype
+from driftfield.fused.trial import disagreement
 
 VARIANCE_FLOOR: Final = 1e-6  # inside each square root: its gradient stays finite where a map is constant
 FUSED_PATCH_SIZES: Final = (2, 4)  # the kernels know these, and the paper has no others
@@ -111,21 +111,21 @@ def _disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
     draw = torch.Generator(device).manual_seed(0)
     noise = torch.randn(2, 24, 8, 8, generator=draw, device=device)
     feature_map = noise.to(dtype, memory_format=torch.channels_last)
-    results = []
-    try:
-        for moments_of in (lambda x: _eager(x, (2, 4)), lambda x: _fused(x, True, True)):
-            with torch.enable_grad():
-                x = feature_map.detach().requires_grad_()
-                moments = moments_of(x)
-                gradient = torch.autograd.grad([part.square().sum() for part in moments], x)
-            results.append(torch.cat([part.detach().float().flatten() for part in (*moments, *gradient)]))
-        error = float((results[1] - results[0]).norm() / results[0].norm())
-        reason = None if error <= TOLERANCE + torch.finfo(dtype).eps else f"differ from eager by {error:.1g}"
-    except Exception as exception:  # whatever a compiler or a driver may raise: eager serves
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-    if reason is not None:
-        warnings.warn(f"the kernels of patch_moments are not used on {device}: {reason}", stacklevel=2)
-    return reason
+
+    @torch.enable_grad()
+    def outcome(moments_of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        x = feature_map.detach().requires_grad_()
+        moments = moments_of(x)
+        gradient = torch.autograd.grad([part.square().sum() for part in moments], x)
+        return [part.detach() for part in (*moments, *gradient)]
+
+    return disagreement(
+        "the kernels of patch_moments",
+        device,
+        eager=lambda: outcome(lambda x: _eager(x, (2, 4))),
+        fused=lambda: outcome(lambda x: _fused(x, True, True)),
+        tolerance=TOLERANCE + torch.finfo(dtype).eps,
+    )
 
 
 def _eager(feature_map: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:

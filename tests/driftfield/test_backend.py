@@ -10,6 +10,7 @@ import torch
 from driftfield import DriftingLoss
 from driftfield.backend import choose_drift, pair_mib
 from driftfield.drift import DriftingBatch, EagerDrift
+from driftfield.field import FieldOptions
 from driftfield.tiled import TiledDrift
 
 ON_CPU = torch.device("cpu")
@@ -86,23 +87,34 @@ def test_the_kernels_serve_where_they_agree_and_eager_where_they_do_not(
     """The trial of a device, with the strips of `TiledDrift` in the place of kernels, and with broken ones."""
     from driftfield import backend, fused
 
-    class Wrong(TiledDrift):
+    class Strips(TiledDrift):
+        def __init__(self, batch: DriftingBatch, options: FieldOptions) -> None:
+            super().__init__(batch, options, memory_mib=0.01)
+
+    class WrongNorm(Strips):
         def force_sums(self, scale: torch.Tensor) -> torch.Tensor:
             return 1.1 * super().force_sums(scale)
 
-    class Broken(TiledDrift):
+    class WrongGradient(Strips):
+        def loss(self, scale: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+            loss = super().loss(scale, factor)
+            return loss.detach() + 1.1 * (loss - loss.detach())
+
+    class Broken(Strips):
         def force_sums(self, scale: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("out of resources\nshared memory")
 
-    for kind, reason in ((TiledDrift, None), (Wrong, "differ from eager by 0.1"), (Broken, "RuntimeError: out of res")):
-        monkeypatch.setattr(fused, "fused_drift", lambda batch, options, kind=kind: kind(batch, options))
-        backend._disagreement.cache_clear()
-        if reason is None:
-            assert backend._disagreement(ON_CPU) is None
-            continue
-        with pytest.warns(UserWarning, match=f"fused kernels are not used on cpu: {reason}"):
-            found = backend._disagreement(ON_CPU)
-        assert found is not None and found.startswith(reason) and "\n" not in found
+    backend._disagreement.cache_clear()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert backend._disagreement(Strips, ON_CPU, dtype) is None
+        for kind, reason in (
+            (WrongNorm, "differ from eager by 0.1"),
+            (WrongGradient, "differ from eager by 0.1"),
+            (Broken, "RuntimeError: out of resources"),
+        ):
+            with pytest.warns(UserWarning, match=f"the kernels of {kind.__name__} are not used on cpu: {reason}"):
+                found = backend._disagreement(kind, ON_CPU, dtype)
+            assert found == reason
     backend._disagreement.cache_clear()
     monkeypatch.setattr(backend, "_kernels_are_worth_a_look", lambda x: True)
     monkeypatch.setattr(fused, "unsupported", lambda batch, options: "a reason")
