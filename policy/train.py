@@ -8,6 +8,7 @@ again. The loss of drifting is flat by construction; what falls are lambda, the 
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import envs
+from driftfield.normalization import sum_over_processes
 from driftfield.training import (
     EMA,
     Action,
@@ -35,6 +37,7 @@ from driftfield.training import (
     share,
     to_yaml,
     warmup_constant,
+    world_size,
 )
 from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.device import choose_device
@@ -141,10 +144,10 @@ class Training:
         (output.loss.sum() / size).backward()
         gradient_norm = self.update(self._learning_rate())
         self.step_number += 1
-        self._warn_of_collapse(output.values)
+        values = mean_over_processes({"loss": output.loss.detach().mean(), **output.values})
+        self._warn_of_collapse(values)
         return {
-            "loss": output.loss.detach().mean(),
-            **output.values,
+            **values,
             "gradient_norm": gradient_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "rejected_steps": self.update.rejected,
@@ -267,6 +270,16 @@ class Training:
                 "drifting.normalize_over=x, drifting.repulsion=0, drifting.noise_skip",
                 flush=True,
             )
+
+
+def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each value `[]` over all processes, whose parts of a batch are equally large.
+
+    >>> mean_over_processes({"loss": torch.tensor(9.0)})
+    {'loss': tensor(9.)}
+    """
+    means = sum_over_processes(torch.stack(list(values.values()))) / world_size()
+    return dict(zip(values, means.unbind(), strict=True))
 
 
 def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:

@@ -342,7 +342,7 @@ def test_two_processes_take_the_steps_of_one(method: str, held_out: float, data:
     first = {name: each.clone() for name, each in alone.policy.state_dict().items()}
     steps = [alone.step() for _ in range(3)]
     log = read_log(tmp_path / "run" / "metrics.jsonl")
-    for name in ["gradient_norm", *(["lambda/0.3"] if method == "drifting" else [])]:
+    for name in ["loss", "gradient_norm", *(["lambda/0.3"] if method == "drifting" else [])]:
         assert [line[name] for line in log] == pytest.approx([float(step[name]) for step in steps], rel=1e-4)
     saved = read_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved is not None and saved.step == 3
