@@ -40,8 +40,8 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     Args:
         observation: "state" for the whole state as numbers, "image" for cameras and the robot's own part of the state.
         render_mode: "rgb_array" for pictures of render().
-        on_divergence: what a simulation that diverges does: "terminate" ends the episode with score 0, for
-            evaluation; "raise" raises PhysicsError, for collecting data.
+        on_divergence: what a simulation that diverges does: "terminate" ends the episode with score 0 and no
+            phase done, for evaluation; "raise" raises PhysicsError, for collecting data.
     """
 
     CONTROL_HZ: ClassVar[float]
@@ -166,7 +166,7 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         except PhysicsError:
             if self.on_divergence == "raise":
                 raise
-            self._diverged, self._score = True, 0.0
+            self._diverged, self._score, self._phases = True, 0.0, 0
             last = {key: value.copy() for key, value in self._last_observation.items()}
             return last, 0.0, True, False, self._info()
         self.steps += 1

@@ -94,14 +94,15 @@ def test_score_and_phases_are_the_largest_of_the_episode() -> None:
 
 
 @pytest.mark.parametrize("action", [-1.0, 1.0])  # an error of the simulator; an observation of NaN
-def test_divergence_takes_the_score_and_repeats_the_last_observation(action: float) -> None:
+def test_divergence_takes_score_and_phases_and_repeats_the_last_observation(action: float) -> None:
     task = Counting()
     task.reset(seed=0)
-    before, *_ = task.step(np.array([action]))
+    before, *_, info = task.step(np.array([action]))
+    assert info["phases"] == (1 if action > 0 else 0)
     task.total = 2.5 if action > 0 else task.total
     observation, reward, terminated, truncated, info = task.step(np.array([action]))
     assert (reward, terminated, truncated) == (0.0, True, False)
-    assert (info["diverged"], info["score"], info["success"]) == (True, 0.0, False)
+    assert (info["diverged"], info["score"], info["phases"], info["success"]) == (True, 0.0, 0, False)
     np.testing.assert_array_equal(observation["state"], before["state"])
     assert observation["state"] is not before["state"]
     strict = Counting(on_divergence="raise")
