@@ -61,7 +61,7 @@ class Normalizer(nn.Module):
         return sum(part.size for part in self.parts[key])
 
     def fit(self, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Choose scale and offset; warns of the dimensions that do not vary, with their count.
+        """Choose scale and offset; warns of the dimensions that hardly vary, with their count.
 
         Args:
             arrays: for each key `[N, D]`, all of the data; further keys are left alone.
@@ -79,7 +79,7 @@ class Normalizer(nn.Module):
             self._affine(key).set(scale, offset, low, high)
             if constant.any():
                 warnings.warn(
-                    f"{key}: {int(constant.sum())} of {len(constant)} dimensions do not vary in the data, and keep "
+                    f"{key}: {int(constant.sum())} of {len(constant)} dimensions hardly vary in the data, and keep "
                     f"scale 1: {', '.join(map(str, np.flatnonzero(constant)))}",
                     stacklevel=2,
                 )

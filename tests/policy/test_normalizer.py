@@ -90,7 +90,7 @@ def test_gradients_go_through() -> None:
 
 
 def test_constant_dimensions_are_counted_in_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"^action: 1 of 4 dimensions do not vary in the data, .* scale 1: 2$"):
+    with pytest.warns(UserWarning, match=r"^action: 1 of 4 dimensions hardly vary in the data, .* scale 1: 2$"):
         Normalizer({"action": [Part(4)]}).fit({"action": ACTIONS})
     Normalizer({"action": [Part(4, "identity")]}).fit({"action": ACTIONS})  # warnings are errors here
 
