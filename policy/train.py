@@ -68,6 +68,7 @@ VIDEO: Final = "episodes.mp4"
 CHUNKS: Final = "chunks.png"
 DRAWN: Final = 6  # observations in it
 HELD_OUT_WINDOWS: Final = 512  # whose errors an evaluation gives
+WAIT_S: Final = 86_400.0  # of the other processes, while the main one collects or rolls out
 COLLAPSE_WARNING: Final = 0.9  # share of collapsed groups
 COLLAPSE_BATCHES: Final = 10  # over so many batches
 # A resumed run may change what only concerns where it runs, not what it computes.
@@ -507,7 +508,7 @@ def main(config: TrainConfig) -> int:
     if config.task not in envs.TASKS:
         raise UserError(f"task: expected one of {', '.join(envs.TASKS)}, found {config.task!r}")
     device = choose_device(config.device)
-    with process_group(device), StopRequest() as stop:
+    with process_group(device, timeout_s=WAIT_S), StopRequest() as stop:
         try:
             buffer = load_buffer(config)
         except Stopped as stopped:

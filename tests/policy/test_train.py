@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from driftfield.training import load_config, read_checkpoint, read_log, run_program
+from driftfield.training.distributed import TIMEOUT_S
 from policy import train
 from policy.config import CONFIG_DIR, TrainConfig
 from policy.methods import load_policy
@@ -348,6 +350,21 @@ def test_two_processes_take_the_steps_of_one(method: str, held_out: float, data:
     assert saved is not None and saved.step == 3
     for name, weight in alone.policy.named_parameters():
         assert (saved.tensors["model"][name] - weight).norm() < 0.01 * (weight - first[name]).norm(), name
+
+
+def test_the_others_wait_while_the_main_process_simulates(
+    finished: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def group(device: torch.device, *, timeout_s: float = TIMEOUT_S) -> AbstractContextManager[None]:
+        waits.append(timeout_s)
+        return nullcontext()
+
+    monkeypatch.setattr(train, "process_group", group)
+    assert run(overrides(finished, data)) == 0
+    tool_hang_s = 200 * 10  # to collect experiment=tool_hang_scripted, by RESULTS.md, with one worker
+    assert waits[0] > 10 * tool_hang_s > TIMEOUT_S
 
 
 # ---- bad input
