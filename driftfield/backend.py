@@ -76,6 +76,7 @@ def _eager(batch: DriftingBatch, options: FieldOptions, memory_mib: float | None
 
 
 @cache
+@torch.inference_mode(False)  # what is asked in it would find no gradient, and be remembered
 def _disagreement(kernels: type[Drift], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why not to trust these kernels on this device, after one small batch; None: they agree with eager."""
     from driftfield.fused.trial import disagreement

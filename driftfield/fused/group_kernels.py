@@ -9,19 +9,22 @@ there are none) and P. `rows` holds the Gram matrix of x with every block, [X, X
 rest, [U, U], [P, U], [P, P]; both float32, padding 0. `norms` holds the squared norms, [X + U + P].
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 FAR = tl.constexpr(2.0**120)  # distance to what is masked: times a rate it does not overflow
 LARGEST = tl.constexpr(3e38)
 SQUARED_DISTANCE_FLOOR = tl.constexpr(1e-8)  # driftfield.kernel's
-LOG2_E = tl.constexpr(1.4426950408889634)
 HALF_RANGE = tl.constexpr(2.0**15)  # numbers up to 1 times this use all of float16's range
 GRAM_RANGE = tl.constexpr(2.0**14)  # likewise, twice the number
 EPSILON = tl.constexpr(2.0**-23)  # of float32
 HUGE_UNIT = tl.constexpr(2.0**80)  # coordinates of points whose squares overflow are divided by it
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # as driftfield.fused asks; Triton < 3.4 has no knobs
 
 DONE, CLOSE, OVERFLOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # states of a group
 
@@ -449,17 +452,8 @@ def _coefficients(
 
 
 @triton.jit
-def _rate(t, TEMPERATURES: tl.constexpr):
-    """log2(e) / τ of a temperature that is known only as the kernel runs."""
-    rate = LOG2_E / TEMPERATURES[0]
-    for i in tl.static_range(1, len(TEMPERATURES)):
-        rate = tl.where(t == i, LOG2_E / TEMPERATURES[i], rate)
-    return rate
-
-
-@triton.jit
 def _combined(
-    x_distance, u_distance, p_distance, terms, w, factors,
+    x_distance, u_distance, p_distance, terms, w, factors, rates,
     X: tl.constexpr, U: tl.constexpr, P: tl.constexpr, TEMPERATURES: tl.constexpr,
     FLOOR: tl.constexpr, OVER: tl.constexpr, ATTRACTION: tl.constexpr, REPULSION: tl.constexpr,
 ):  # fmt: skip
@@ -469,11 +463,11 @@ def _combined(
     to_u = to_x  # not used
     if U > 0:
         to_u = tl.zeros([X, U], tl.float32)
-    for t in range(0, len(TEMPERATURES)):
+    for t in range(0, TEMPERATURES):
         factor = tl.load(factors + t)
         of_t = _load_terms(terms + t * (2 * X + U + P), X, U, P)
         more_x, more_u, more_p = _coefficients(
-            x_distance, u_distance, p_distance, of_t, w, _rate(t, TEMPERATURES),
+            x_distance, u_distance, p_distance, of_t, w, tl.load(rates + t),
             X, U, FLOOR, OVER, ATTRACTION, REPULSION,
         )  # fmt: skip
         to_x += factor * more_x
@@ -552,17 +546,19 @@ def forces(
 ):  # fmt: skip
     """ΣF² over the samples of every group, [groups, temperatures], and the softmax terms for the kernels to come.
 
-    |F|² = cᵀ G c: the points are not read. `scales` holds what distances and coordinates are divided by.
+    |F|² = cᵀ G c: the points are not read. `scales` holds what distances and coordinates are divided by, then log2(e)/τ
+    of every temperature.
     """
     # One program for each temperature of a group: one for all of them would need more registers than there are.
-    group = tl.program_id(0).to(tl.int64) // len(TEMPERATURES)
-    t = tl.program_id(0) % len(TEMPERATURES)
+    group = tl.program_id(0).to(tl.int64) // TEMPERATURES
+    t = tl.program_id(0) % TEMPERATURES
+    rate = tl.load(scales + 2 + t)
     unit = tl.load(units + group)
     scale, coordinate_scale = tl.load(scales), tl.load(scales + 1)
     rows += group * (X * (X + U + P))
     others += group * (U * U + P * U + P * P)
     norms += group * (X + U + P)
-    terms += group * (len(TEMPERATURES) * (2 * X + U + P))
+    terms += group * (TEMPERATURES * (2 * X + U + P))
     weight += (group // num_inner) * w_outer + (group % num_inner) * w_inner
     x_distance, u_distance, p_distance = _distances(
         rows, norms, unit, scale, NUM_X, NUM_U, NUM_P, X, U, P, ROUNDING
@@ -572,15 +568,15 @@ def forces(
         w = _weight(weight, w_row, NUM_U, U, WEIGHTED)
     largest_norm = _largest_norm(norms, X, U, P)
     factor = unit / coordinate_scale
-    of_t = _terms(x_distance, u_distance, p_distance, _rate(t, TEMPERATURES), U, OVER)
+    of_t = _terms(x_distance, u_distance, p_distance, rate, U, OVER)
     _store_terms(terms + t * (2 * X + U + P), of_t, X, U, P)
     to_x, to_u, to_p = _coefficients(
-        x_distance, u_distance, p_distance, of_t, w, _rate(t, TEMPERATURES),
+        x_distance, u_distance, p_distance, of_t, w, rate,
         X, U, FLOOR, OVER, ATTRACTION, REPULSION,
     )  # fmt: skip
     gram_parts = _gram_parts(rows, others, largest_norm, X, U, P)
     square = _square(to_x, to_u, to_p, gram_parts, largest_norm, factor, X, U, P)
-    tl.store(squares + group * len(TEMPERATURES) + t, square)
+    tl.store(squares + group * TEMPERATURES + t, square)
 
 
 @triton.jit
@@ -599,7 +595,7 @@ def losses(
     rows += group * (X * (X + U + P))
     others += group * (U * U + P * U + P * P)
     norms += group * (X + U + P)
-    terms += group * (len(TEMPERATURES) * (2 * X + U + P))
+    terms += group * (TEMPERATURES * (2 * X + U + P))
     weight += (group // num_inner) * w_outer + (group % num_inner) * w_inner
     x_distance, u_distance, p_distance = _distances(
         rows, norms, unit, scale, NUM_X, NUM_U, NUM_P, X, U, P, ROUNDING
@@ -611,7 +607,7 @@ def losses(
     gram_parts = _gram_parts(rows, others, largest_norm, X, U, P)
     factor = unit / coordinate_scale
     to_x, to_u, to_p = _combined(
-        x_distance, u_distance, p_distance, terms, w, factors,
+        x_distance, u_distance, p_distance, terms, w, factors, scales + 2,
         X, U, P, TEMPERATURES, FLOOR, OVER, ATTRACTION, REPULSION,
     )  # fmt: skip
     tl.store(squares + group, _square(to_x, to_u, to_p, gram_parts, largest_norm, factor, X, U, P))
@@ -644,7 +640,7 @@ def drift(
     weight += outer * w_outer + inner * w_inner
     rows += group * (X * (X + U + P))
     norms += group * (X + U + P)
-    terms += group * (len(TEMPERATURES) * (2 * X + U + P))
+    terms += group * (TEMPERATURES * (2 * X + U + P))
 
     x_distance, u_distance, p_distance = _distances(
         rows, norms, unit, scale, NUM_X, NUM_U, NUM_P, X, U, P, ROUNDING
@@ -653,7 +649,7 @@ def drift(
     if U > 0:
         w = _weight(weight, w_row, NUM_U, U, WEIGHTED)
     to_x, to_u, to_p = _combined(
-        x_distance, u_distance, p_distance, terms, w, factors,
+        x_distance, u_distance, p_distance, terms, w, factors, scales + 2,
         X, U, P, TEMPERATURES, FLOOR, OVER, ATTRACTION, REPULSION,
     )  # fmt: skip
     largest = _largest(to_x, to_u, to_p, U)

@@ -38,6 +38,7 @@ MAX_SAMPLES = 64  # per group; more do not fit into the registers of one program
 MAX_POSITIVES = 128
 MAX_UNCONDITIONAL = 64
 MAX_TEMPERATURES = 8
+LOG2_E = 1.4426950408889634
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KNOWN_OPTIONS = frozenset(
     {
@@ -114,10 +115,16 @@ class GroupDrift:
         return loss
 
     def _scales(self, scale: Tensor) -> Tensor:
-        """What distances and coordinates are divided by, [2]."""
+        """What distances and coordinates are divided by, and log2(e)/τ of every temperature, [2 + temperatures].
+
+        Not constants of the kernels, which would then be compiled anew for every step of an annealing.
+        """
         divisor = scale.clamp(min=SCALE_FLOOR) if self._options.normalize_features else torch.ones_like(scale)
-        scales = torch.stack([divisor, coordinate_scale(scale, self._batch.x.shape[-1], self._options)])
-        return scales.detach().float()
+        rates = [
+            scale.new_full((), LOG2_E / temperature) for temperature in self._options.temperatures
+        ]  # wait for none
+        scales = [divisor, coordinate_scale(scale, self._batch.x.shape[-1], self._options), *rates]
+        return torch.stack(scales).detach().float()
 
     def _forces_at(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         if self._forces is None or self._forces_scale is not scale:
@@ -148,10 +155,9 @@ class _Loss(torch.autograd.Function):
         return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def _kernel_options(options: FieldOptions) -> tuple[list[float], float, str, float, float]:
+def _kernel_options(options: FieldOptions) -> tuple[float, str, float, float]:
     """The end of the arguments of `_forces`, `_losses` and `_drift`."""
-    floor = options.affinity_floor**0.5
-    return list(options.temperatures), floor, options.normalize_over, options.attraction, options.repulsion
+    return options.affinity_floor**0.5, options.normalize_over, options.attraction, options.repulsion
 
 
 class _Sizes(NamedTuple):
@@ -236,11 +242,11 @@ def _sets(batch: DriftingBatch) -> list[Tensor]:
 
 
 def _options(
-    weight: Tensor | None, temperatures: Sequence[float], floor: float, over: str, attraction: float, repulsion: float
+    weight: Tensor | None, scales: Tensor, floor: float, over: str, attraction: float, repulsion: float
 ) -> dict[str, Any]:
     """What the kernels after the first are compiled for."""
     numbers = {"FLOOR": floor, "OVER": over, "ATTRACTION": attraction, "REPULSION": repulsion}
-    return {"WEIGHTED": weight is not None, "TEMPERATURES": tuple(temperatures), **numbers}
+    return {"WEIGHTED": weight is not None, "TEMPERATURES": len(scales) - 2, **numbers}
 
 
 def _launch(kernel: Any, pointers: Sequence[Tensor], layout: _Layout | None, programs: int, **constants: Any) -> None:
@@ -303,7 +309,6 @@ def _forces(
     norms: Tensor,
     units: Tensor,
     scales: Tensor,
-    temperatures: Sequence[float],
     floor: float,
     over: str,
     attraction: float,
@@ -311,15 +316,15 @@ def _forces(
 ) -> tuple[Tensor, Tensor]:
     """ΣF² over the samples of each group, [groups, temperatures], and the logarithms of softmax denominators."""
     sizes = _Sizes.of(x, positives, unconditional)
-    squares, terms = _new_forces(x, positives, unconditional, weight, rows, others, norms, units, scales, temperatures)
+    squares, terms = _new_forces(x, positives, unconditional, weight, rows, others, norms, units, scales)
     weights = _sets(DriftingBatch(x, positives, unconditional, weight))[3]
     _launch(
         kernels.forces,
         [rows, others, norms, units, weights, scales, terms, squares],
         _layout([weights]),
-        len(rows) * len(temperatures),
+        squares.numel(),
         **sizes.constants(),
-        **_options(weight, temperatures, floor, over, attraction, repulsion),
+        **_options(weight, scales, floor, over, attraction, repulsion),
         **sizes.launch("forces"),
     )
     return squares, terms
@@ -330,7 +335,7 @@ def _new_forces(
     x: Tensor, positives: Tensor, unconditional: Tensor | None, weight: Tensor | None, rows: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     block_x, block_u, block_p = _Sizes.of(x, positives, unconditional).blocks
-    groups, temperatures = rows.shape[0], len(arguments[4])
+    groups, temperatures = rows.shape[0], arguments[3].shape[0] - 2
     terms = rows.new_empty(groups, temperatures, 2 * block_x + block_u + block_p)
     return rows.new_empty(groups, temperatures), terms
 
@@ -348,7 +353,6 @@ def _losses(
     scales: Tensor,
     terms: Tensor,
     factor: Tensor,
-    temperatures: Sequence[float],
     floor: float,
     over: str,
     attraction: float,
@@ -364,7 +368,7 @@ def _losses(
         _layout([weights]),
         len(rows),
         **sizes.constants(),
-        **_options(weight, temperatures, floor, over, attraction, repulsion),
+        **_options(weight, scales, floor, over, attraction, repulsion),
         **sizes.launch("losses"),
     )
     return squares
@@ -390,7 +394,6 @@ def _drift(
     terms: Tensor,
     factor: Tensor,
     upstream: Tensor,
-    temperatures: Sequence[float],
     floor: float,
     over: str,
     attraction: float,
@@ -408,7 +411,7 @@ def _drift(
         **sizes.constants(),
         D=sizes.dimension,
         COLUMNS=sizes.columns,
-        **_options(weight, temperatures, floor, over, attraction, repulsion),
+        **_options(weight, scales, floor, over, attraction, repulsion),
         **sizes.launch("drift"),
     )
     return gradient

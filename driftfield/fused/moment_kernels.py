@@ -26,14 +26,15 @@ def moments(feature_map: Tensor, has_2: bool, has_4: bool, out: Sequence[Tensor]
         return
     constants = _constants(feature_map, has_2, has_4)
     batch, num_channels = feature_map.shape[:2]
-    _moments[batch, triton.cdiv(num_channels, constants["C"])](
-        feature_map,
-        *_six(out, has_2, has_4),
-        *feature_map.shape[1:],
-        *feature_map.stride(),
-        floor,
-        **constants,
-    )
+    with torch.cuda.device_of(feature_map):
+        _moments[batch, triton.cdiv(num_channels, constants["C"])](
+            feature_map,
+            *_six(out, has_2, has_4),
+            *feature_map.shape[1:],
+            *feature_map.stride(),
+            floor,
+            **constants,
+        )
 
 
 def gradient(
@@ -45,16 +46,17 @@ def gradient(
         return result
     constants = _constants(feature_map, has_2, has_4)
     batch, num_channels, height = feature_map.shape[:3]
-    _gradient[batch * (height // _side(feature_map)), triton.cdiv(num_channels, constants["C"])](
-        feature_map,
-        result,
-        *_six(moments, has_2, has_4),
-        *_six([gradient.contiguous() for gradient in gradients], has_2, has_4),
-        *feature_map.shape[1:],
-        *feature_map.stride(),
-        *result.stride(),
-        **constants,
-    )
+    with torch.cuda.device_of(feature_map):
+        _gradient[batch * (height // _side(feature_map)), triton.cdiv(num_channels, constants["C"])](
+            feature_map,
+            result,
+            *_six(moments, has_2, has_4),
+            *_six([gradient.contiguous() for gradient in gradients], has_2, has_4),
+            *feature_map.shape[1:],
+            *feature_map.stride(),
+            *result.stride(),
+            **constants,
+        )
     return result
 
 

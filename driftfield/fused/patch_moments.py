@@ -106,6 +106,7 @@ _why_not_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
+@torch.inference_mode(False)  # what is asked in it would find no gradient, and be remembered
 def _disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why not to trust the kernels on this device, after one small map; None: they agree with eager."""
     draw = torch.Generator(device).manual_seed(0)

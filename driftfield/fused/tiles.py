@@ -122,7 +122,7 @@ class TileDrift:
         x, positives, unconditional, weight = batch
         if unconditional is not None and weight is not None:
             weight = weight.expand(unconditional.shape[:-1])
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             self._groups = [
                 self._first_pass(
                     DriftingBatch(
@@ -243,7 +243,8 @@ class TileDrift:
         shape = (len(self._options.temperatures), *self._x.shape)
         forces = torch.empty(shape, dtype=torch.float32, device=self._x.device)
         of_groups = forces.view(len(forces), -1, *shape[-2:]).unbind(1)
-        squares = [self._forces_of(*pair, scale) for pair in zip(self._groups, of_groups, strict=True)]
+        with torch.cuda.device_of(self._x):  # type: ignore[no-untyped-call]
+            squares = [self._forces_of(*pair, scale) for pair in zip(self._groups, of_groups, strict=True)]
         return forces, torch.stack(squares).sum(0)
 
     def _forces_of(self, group: _Group, out: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from driftfield.drift import Drift, DriftingBatch, EagerDrift
 from driftfield.field import FieldOptions
-from driftfield.fused import group_kernels
+from driftfield.fused import group_kernels, groups
 from driftfield.fused.groups import GroupDrift, _Sizes, unsupported
 
 from .. import oracle
@@ -159,6 +159,20 @@ def test_short_numbers(dtype: torch.dtype, offset: float, device: torch.device) 
     found, reference = run(GroupDrift, batch), expected(batch)
     assert_agree(found._replace(gradient=reference.gradient), reference, 1e-4)
     assert errors(found, reference)["gradient"] < torch.finfo(dtype).eps / 2  # it is rounded to x's dtype
+
+
+def test_annealing_compiles_nothing_anew(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a kernel for every new value of its constants."""
+    launch, constants = groups._launch, []
+
+    def noted(kernel: Any, *arguments: Any, **of_kernel: Any) -> None:
+        constants.append((kernel, of_kernel))
+        launch(kernel, *arguments, **of_kernel)
+
+    monkeypatch.setattr(groups, "_launch", noted)
+    for factor in (1.0, 1.5):
+        run(GroupDrift, batch_of(device, 3, 2, 0, 4), OPTIONS._replace(temperatures=(0.1 * factor, 0.3 * factor)))
+    assert constants[: len(constants) // 2] == constants[len(constants) // 2 :]
 
 
 # Points whose distances are hard to get from products
@@ -331,7 +345,7 @@ def kernels_of(num_x: int, num_u: int, num_p: int, dimension: int, dtype: torch.
     sizes = _Sizes(num_x, num_u, num_p, dimension)
     pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
     points = dict.fromkeys(("x", "unconditional", "positives", "gradient"), pointers[dtype]) | {"states": "*i32"}
-    options = {"TEMPERATURES": [0.02, 0.05, 0.2], "FLOOR": 1e-3, "OVER": "xy", "ATTRACTION": 1.0, "REPULSION": 1.0}
+    options = {"TEMPERATURES": 3, "FLOOR": 1e-3, "OVER": "xy", "ATTRACTION": 1.0, "REPULSION": 1.0}
     whole = {"D": dimension, "COLUMNS": sizes.columns}
     first = {**whole, "INPUT_EPSILON": torch.finfo(dtype).eps}
     kinds = [("gram", {**first, "AGAIN": False}), ("gram", {**first, "AGAIN": True})]
