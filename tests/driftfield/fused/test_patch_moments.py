@@ -255,6 +255,7 @@ def test_triton_is_imported_only_where_a_kernel_runs() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus(assert_compiles: Compile) -> None:
     def kernel(name: str, pointer: str, last: bool, side: int, patches: int, channels: int) -> dict[str, object]:
         strides = [f"{of}_{dim}" for of in ("stride", "result") for dim in "bchw"]
