@@ -1,13 +1,12 @@
 """Checkpoints: a folder per step, complete and verified or not there at all, and without pickle.
 
     step-1200/
-        model.safetensors  ema.safetensors  rank-00000.safetensors ...   one file per group of tensors
+        model.safetensors  ema.safetensors  queue.safetensors ...   one file per group of tensors
         state.json          everything that is not a tensor
         MANIFEST.json       size and SHA-256 of each file above, written last
 
 A checkpoint is written aside as ``.tmp-step-1200-<uuid>/``, pushed to the disk and renamed, so a kill at any instant
-leaves the checkpoints before it as they were. With several ranks, each writes its own ``rank-RRRRR`` and rank 0 the
-rest, the manifest last.
+leaves the checkpoints before it as they were. One process writes all of it; the others hold the same state.
 """
 
 import errno
@@ -104,7 +103,7 @@ class Checkpoint:
             raise ValueError(f"step: expected 0 or more, found {step}")
         for group in tensors:
             if not _NAME.fullmatch(group):
-                raise ValueError(f"group of tensors: expected a name like 'model' or 'rank-00000', found {group!r}")
+                raise ValueError(f"group of tensors: expected a name like 'model' or 'ema', found {group!r}")
         text = to_json(dict(state))
         if len(text) > MAX_STATE_CHARACTERS:
             raise ValueError(
