@@ -142,6 +142,7 @@ class TrainConfig:
     device: Device = option("where to compute")
     bfloat16: bool = option("activations in bfloat16; parameters and loss stay float32")
     compile: bool = option("torch.compile the generator and the encoder")
+    shard: bool = option("spread weights, averages and AdamW's state over the processes (FSDP2); saves memory")
     checkpoint_activations: bool = option("compute the generator's blocks again on the way back; saves memory")
     tokenizer: str | None = option("autoencoder of the latents, folder or hub id; null: generate pixels")
     data: DataConfig

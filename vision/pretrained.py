@@ -13,6 +13,7 @@ from torch import nn
 
 from driftfield.training.atomic_file import write_text
 from driftfield.training.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_arguments, read_weights, write_model
+from driftfield.training.sharding import class_name
 from vision.model_card import model_card
 from vision.release import (
     ARRAYS_FILE,
@@ -38,13 +39,15 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into a folder, each whole or not at all.
 
+        Of several processes, the main one writes; where the model is sharded, all must call this.
+
         Args:
             folder: made if it does not exist; the two files in it are replaced, config.json last.
 
         Raises:
             OSError: if the disk refuses; a file is then as it was.
         """
-        write_model(Path(folder), self, type(self).__name__, self.config)
+        write_model(Path(folder), self, class_name(self), self.config)
 
     def push_to_hub(
         self,

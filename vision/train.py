@@ -48,7 +48,9 @@ from driftfield.training import (
 )
 from driftfield.training.atomic_file import write_json
 from driftfield.training.device import choose_device
+from driftfield.training.distributed import is_sharded
 from driftfield.training.schedule import annealed_factor
+from driftfield.training.sharding import shard
 from driftfield.training.visits import Epochs, sample_ids
 from vision.config import CONFIG_DIR, TrainConfig
 from vision.data import RealSamples, require_per_class
@@ -69,7 +71,7 @@ MAX_PICTURE_CLASSES: Final = 10
 MAX_FRAMES: Final = 40  # of the animation
 # A resumed run may change what only concerns where it runs, not what it computes.
 MAY_CHANGE: Final = (
-    "run_dir", "data.folder", "data.workers", "data.memory_gib", "checkpoint_activations", "real_features_mib",
+    "run_dir", "shard", "data.folder", "data.workers", "data.memory_gib", "checkpoint_activations", "real_features_mib",
     "writers", "checkpoint_every_images", "log_every_images", "picture_every_images", "picture_guidance_scales",
     "snapshot_every_images",
 )  # fmt: skip
@@ -108,6 +110,8 @@ class Training:
             device
         )
         self.generator.checkpoint_activations = config.checkpoint_activations
+        if config.shard:
+            shard(self.generator, self.generator.blocks, device)
         self.optimizer = torch.optim.AdamW(
             self.generator.named_parameters(),
             lr=config.learning_rate,
@@ -123,7 +127,7 @@ class Training:
         self._epochs = Epochs(len(real), seed=config.seed)
         self._fill_queues()
         self._step_end, self._flops_per_step = time.monotonic(), self._count_flops()
-        self._generate = torch.compile(self.generator, dynamic=False) if config.compile else self.generator
+        self._generate = self._compiled_generator() if config.compile else self.generator
         self._encode = torch.compile(self._encode_eagerly, dynamic=False) if config.compile else self._encode_eagerly
         self.real_features = RealFeatures(
             real, self._encode, device, seed=config.seed, memory_mib=config.real_features_mib
@@ -190,6 +194,14 @@ class Training:
         self.update.restore(tensors, state)
         self.queue.load_state_dict(tensors["queue"])
         self.unconditional_queue.load_state_dict(tensors["unconditional_queue"])
+
+    def _compiled_generator(self) -> Callable[..., Any]:
+        """As one graph; where it is sharded, one for each block, since messages between processes are in no graph."""
+        if not any(is_sharded(parameter) for parameter in self.generator.parameters()):
+            return torch.compile(self.generator, dynamic=False)
+        for block in self.generator.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        return self.generator
 
     def _random(self, *purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
         return generator(self.config.seed, *purpose, self.step_number, device=device)
@@ -391,6 +403,9 @@ def run(
         with training.ema.swapped():
             training.generator.save_pretrained(folder / SNAPSHOTS / f"{training.images_seen:012d}")
 
+    actions = [Action(config.picture_every_images, pictures.save, everywhere=config.shard)]
+    if config.snapshot_every_images:
+        actions.append(Action(config.snapshot_every_images, snapshot, everywhere=config.shard))
     if is_main():
         print(_about_queue(config, len(real.class_names)))
     train_start = time.monotonic()
@@ -404,29 +419,24 @@ def run(
             checkpoint_every=config.checkpoint_every_images,
             log_every=config.log_every_images,
             shown=("lambda",),
-            actions=[
-                Action(config.picture_every_images, pictures.save),
-                *([Action(config.snapshot_every_images, snapshot)] if config.snapshot_every_images else []),
-            ],
+            actions=actions,
             writers=config.writers,
         )
     except NotFiniteError as error:
         raise UserError(f"step {training.step_number}: {error}") from error
     trained_s = time.monotonic() - train_start
+    names = {decay: f"{MODEL}-{decay}" for decay in config.ema_decays} | {config.ema_decays[0]: MODEL}
+    for decay, name in names.items():
+        with training.ema.swapped(decay):
+            training.generator.save_pretrained(folder / name)
     if is_main():
-        for decay in config.ema_decays[1:]:
-            with training.ema.swapped(decay):
-                training.generator.save_pretrained(folder / f"{MODEL}-{decay}")
-        with training.ema.swapped():
-            training.generator.save_pretrained(folder / MODEL)
-            judged = judge(config, training)
         results = {
             "images_seen": training.images_seen,
             "generator_parameters": sum(parameter.numel() for parameter in training.generator.parameters()),
             "device": str(device),
             "trained_in_this_start_s": round(trained_s, 1),
             "this_start_s": round(time.monotonic() - start, 1),
-            **judged,
+            **judge(config, device),
         }
         save_animation(_some(sorted((folder / PICTURES).glob("*.png"))), folder / "training.gif")
         write_json(folder / RESULTS, results)
@@ -470,14 +480,15 @@ def build_encoder(
     return None
 
 
-def judge(config: TrainConfig, training: Training) -> dict[str, Any]:
-    """What a classifier that training never saw says of one-step samples, for data that have one."""
+def judge(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What a classifier that training never saw says of the finished run's samples, for data that have one."""
     if config.data.name in ("imagenet", "latents"):
         print("judge the model by python -m vision.evaluate_imagenet")
         return {}
     scale = config.evaluate_guidance_scale
-    judgement = Judgement(config.judge, *judged_splits(config), training.device)
-    evaluation = judgement.evaluate(training.generator, num=config.evaluate_images, guidance_scale=scale)
+    judgement = Judgement(config.judge, *judged_splits(config), device)
+    model = ImageGenerator.from_pretrained(config.run_dir / MODEL).to(device)  # whole, where training had it in parts
+    evaluation = judgement.evaluate(model, num=config.evaluate_images, guidance_scale=scale)
     print(f"{config.evaluate_images} one-step samples, in the features of {evaluation.feature_space}")
     print(table({scale: evaluation}))
     return {"guidance_scale": scale, "evaluation": evaluation._asdict()}
@@ -496,7 +507,7 @@ class Pictures:
         self.training, self.tokenizer, self.folder = training, tokenizer, folder
 
     def save(self) -> None:
-        """Draw and write one."""
+        """Draw one and write it in the main process; where the generator is sharded, all must call this."""
         training, num_classes = self.training, len(self.training.real.class_names)
         columns = min(num_classes, MAX_PICTURE_CLASSES)
         classes = torch.arange(columns) * num_classes // columns
@@ -508,6 +519,8 @@ class Pictures:
                     guidance_scale=alpha,
                     tokenizer=self.tokenizer,
                 )
+            if not is_main():
+                continue
             first = alpha == training.config.evaluate_guidance_scale
             through_training = self.folder / (PICTURES if first else f"{PICTURES}/alpha-{alpha:g}")
             through_training.mkdir(parents=True, exist_ok=True)

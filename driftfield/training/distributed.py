@@ -108,15 +108,28 @@ def share(count: int) -> slice:
     return slice(rank() * each, (rank() + 1) * each)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over the processes and this is one's part of it (`driftfield.training.sharding`).
+
+    >>> is_sharded(torch.ones(2))
+    False
+    """
+    return hasattr(tensor, "full_tensor")  # a DTensor, without the second that importing it takes
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up each gradient over all processes, in place, many to a message.
 
     Args:
-        parameters: the same in every process; one without a gradient here must have none anywhere.
+        parameters: the same in every process, all of them sharded or none; one without a gradient here must have none
+            anywhere.
     """
     if not _is_up():
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if any(is_sharded(gradient) for gradient in gradients):
+        torch._foreach_mul_(gradients, world_size())  # the backward pass left their mean
+        return
     for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in same])

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from driftfield.training.sharding import placed_like
+
 
 class EMA:
     """Several float32 averages of one model: ema <- decay * ema + (1 - decay) * weights, after each step (Table 8).
@@ -106,7 +108,7 @@ class EMA:
         if problems:
             raise ValueError("EMA state: " + "; ".join(sorted(problems)))
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(placed_like(state[name], tensor))
         self.updates = int(state["updates"])
 
     def _average(self, decay: float | None) -> list[Tensor]:

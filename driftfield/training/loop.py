@@ -37,7 +37,7 @@ class Trainable(Protocol):
         ...
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors a resumed run needs, by group."""
+        """All tensors a resumed run needs, by group. Every process is asked; what the main one returns is written."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -52,11 +52,12 @@ class Trainable(Protocol):
 class Action(NamedTuple):
     """Something to do before the first step, whenever training crosses a multiple of `every` samples, and at the end.
 
-    The main process does it alone.
+    The main process does it alone, unless everywhere: all do it, which a sharded model needs.
     """
 
     every: int
     do: Callable[[], None]
+    everywhere: bool = False
 
 
 def run_loop(
@@ -98,24 +99,25 @@ def run_loop(
     if loaded is not None:
         training.restore(*loaded)
         loaded = None  # as large as the training itself
-    done = training.step_number * training.samples_per_step
-    if checkpoint is None:
-        _steps(training, stop, name, samples)
-        return
-    if resumed:
-        print(f"resuming at {done} {unit}")
-    log = RunLog(folder, resume_step=training.step_number, writers=writers)
-    with log, Progress(samples, initial=done, unit=unit) as progress:
+    actions = [action for action in actions if is_main() or action.everywhere]
+    if resumed and is_main():
+        print(f"resuming at {_done(training)} {unit}")
+    log = RunLog(folder, resume_step=training.step_number, writers=writers) if is_main() else None
+    progress = Progress(samples, initial=_done(training), unit=unit) if is_main() else None
+    with log or nullcontext(), progress or nullcontext():
 
         def after_step(values: Mapping[str, float | Tensor], stopping: bool) -> None:
-            progress.update(training.samples_per_step, **{name: float(values[name]) for name in shown})
-            if _is_due(training, log_every, samples):
+            if progress is not None:
+                progress.update(training.samples_per_step, **{name: float(values[name]) for name in shown})
+            if log is not None and _is_due(training, log_every, samples):
                 log.log(training.step_number, _done(training), **{key: float(value) for key, value in values.items()})
             for action in actions:
                 if _is_due(training, action.every, samples):
                     action.do()
             if stopping or _is_due(training, checkpoint_every, samples):
-                checkpoint.save(training.step_number, training.tensors(), training.state())
+                tensors = training.tensors()
+                if checkpoint is not None:
+                    checkpoint.save(training.step_number, tensors, training.state())
 
         if training.step_number == 0:
             for action in actions:
@@ -161,7 +163,7 @@ def _steps(
     stop: StopRequest,
     name: str,
     samples: int,
-    after_step: Callable[[Mapping[str, float | Tensor], bool], None] = lambda values, stopping: None,
+    after_step: Callable[[Mapping[str, float | Tensor], bool], None],
 ) -> None:
     while _done(training) < samples:
         fault_point(f"{name}.step.{training.step_number}")

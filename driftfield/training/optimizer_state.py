@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from driftfield.training.sharding import placed_like
+
 
 class OptimizerState(NamedTuple):
     """An optimizer's state, in the two forms a checkpoint stores."""
@@ -61,10 +63,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
             raise ValueError(f"optimizer state: {path} belongs to no parameter")
         if isinstance(value, Tensor) and value.dim() and value.shape != named[name].shape:
             raise ValueError(f"{path}: expected shape {tuple(named[name].shape)}, found {tuple(value.shape)}")
-        values.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
+        values.setdefault(index[name], {})[key] = _own(value, named[name])
     pairs = zip(optimizer.param_groups, state["groups"], strict=True)
     groups = [_restored(own, saved) | {"params": [index[name] for name in saved["names"]]} for own, saved in pairs]
     optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def _own(value: Any, parameter: Tensor) -> Any:
+    """A copy for the optimizer; what has the parameter's shape is sharded as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return (placed_like(value, parameter) if value.dim() else value).clone()
 
 
 def _restored(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from driftfield.training.atomic_file import TEMPORARY_PREFIX, parse_json, sync, write_json
+from driftfield.training.distributed import is_main
+from driftfield.training.sharding import gathered
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -19,6 +21,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def write_model(folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
     """Write config.json and model.safetensors into a folder, each whole or not at all.
+
+    Of several processes, the main one writes; where the model is sharded, all must call this.
 
     Args:
         folder: made if it does not exist; the two files in it are replaced, config.json last.
@@ -29,9 +33,11 @@ def write_model(folder: Path, model: nn.Module, name: str, arguments: Mapping[st
     Raises:
         OSError: if the disk refuses; a file is then as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder / WEIGHTS_FILE, model)
-    write_json(folder / CONFIG_FILE, {"model": name, "arguments": dict(arguments)})
+    tensors = gathered(model.state_dict())
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_weights(folder / WEIGHTS_FILE, tensors)
+        write_json(folder / CONFIG_FILE, {"model": name, "arguments": dict(arguments)})
 
 
 def read_model_name(folder: Path) -> str:
@@ -105,9 +111,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _write_weights(path: Path, model: nn.Module) -> None:
+def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write next to the path, then rename, so that a reader sees the old file or the new one."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex}")
     try:
         aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))

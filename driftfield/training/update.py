@@ -11,6 +11,7 @@ from driftfield.training.distributed import sum_gradients
 from driftfield.training.ema import EMA
 from driftfield.training.errors import UserError
 from driftfield.training.optimizer_state import load_optimizer, optimizer_state
+from driftfield.training.sharding import gathered, placed_like, whole
 
 MAX_REJECTED_STEPS = 10  # in a row
 
@@ -50,7 +51,7 @@ class Update:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         sum_gradients(self._model.parameters())
-        norm = clip_grad_norm_(self._model.parameters(), self._clip_norm).item()
+        norm = whole(clip_grad_norm_(self._model.parameters(), self._clip_norm)).item()
         if norm < float("inf"):  # False for NaN too
             self._optimizer.step()
             self._ema.update()
@@ -65,11 +66,14 @@ class Update:
         return norm
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of model, averages and optimizer, by group: what a resumed training needs of an update."""
+        """Tensors of model, averages and optimizer, by group: what a resumed training needs of an update.
+
+        Every process must ask; of a sharded model the main process has whole tensors, the others none.
+        """
         return {
-            "model": self._model.state_dict(),
-            "ema": self._ema.state_dict(),
-            "optimizer": optimizer_state(self._optimizer).tensors,
+            "model": gathered(self._model.state_dict()),
+            "ema": gathered(self._ema.state_dict()),
+            "optimizer": gathered(optimizer_state(self._optimizer).tensors),
         }
 
     def state(self) -> dict[str, Any]:
@@ -77,12 +81,14 @@ class Update:
         return {"rejected_steps": self.rejected, "optimizer": optimizer_state(self._optimizer).state}
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Take over what `tensors` and `state` gave; further entries are left alone.
+        """Take over what `tensors` and `state` gave, sharded then or not; further entries are left alone.
 
         Raises:
             ValueError, RuntimeError: they are another model's.
         """
         self.rejected = state["rejected_steps"]
-        self._model.load_state_dict(tensors["model"])
+        own = self._model.state_dict()
+        model = {name: placed_like(tensor, own.get(name, tensor)) for name, tensor in tensors["model"].items()}
+        self._model.load_state_dict(model)
         self._ema.load_state_dict(tensors["ema"])
         load_optimizer(self._optimizer, tensors["optimizer"], state["optimizer"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -184,6 +185,45 @@ def test_three_processes_take_the_steps_of_one(finished: Path, judge_folder: Pat
     queues = [read_checkpoint(tmp_path / name / "checkpoints") for name in ("1", "3")]
     assert queues[0] is not None and queues[1] is not None
     assert_equal_bits({"queue": queues[0].tensors["queue"]}, {"queue": queues[1].tensors["queue"]})
+
+
+def levels(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded_first", [True, False])
+def test_a_killed_run_goes_on_sharded_or_not_and_ends_the_same(
+    sharded_first: bool, finished: Path, judge_folder: Path, tmp_path: Path
+) -> None:
+    words = [
+        word for word in overrides(finished, judge_folder) if not word.startswith(("run_dir", "images=", "labels_per"))
+    ]
+    words += ["labels_per_step=4", "labels_at_once=1", "images=96", "checkpoint_every_images=48", "log_every_images=16"]
+    words += ["picture_every_images=48", "snapshot_every_images=48", "ema_decays=[0.9,0.98]"]
+    assert run([*words, f"run_dir={tmp_path / 'straight'}"]) == 0
+    alone = [sys.executable, "-m", "vision.train", *words, f"run_dir={tmp_path / 'killed'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    commands = [alone, [*launcher, *alone[1:], "shard=true"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for command, fault in zip(commands[:: -1 if sharded_first else 1], ("train.step.5:exit", ""), strict=True):
+        faulty = environment | ({"DRIFTFIELD_FAULT": fault} if fault else {})
+        ended = subprocess.run(command, env=faulty, capture_output=True, text=True, timeout=110)
+        assert (ended.returncode == 0) != bool(fault), ended.stderr
+    straight, killed = (read_log(tmp_path / name / "metrics.jsonl") for name in ("straight", "killed"))
+    assert [line["step"] for line in killed] == [line["step"] for line in straight] == list(range(1, 7))
+    for mine, theirs in zip(straight, killed, strict=True):
+        for name in ("loss", "lambda", "gradient_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-3), name
+    for name in ("model", "model-0.98", "snapshots/000000000048", "snapshots/000000000096"):
+        weights = [train.ImageGenerator.from_pretrained(tmp_path / run / name) for run in ("straight", "killed")]
+        expected, found = (model.state_dict() for model in weights)
+        for key in expected:
+            assert (found[key] - expected[key]).norm() <= 1e-3 * expected[key].norm() + 1e-5, f"{name}/{key}"
+    for name in ("0000000000", "0000000048", "0000000096"):
+        expected, found = (levels(tmp_path / run / "pictures" / f"{name}.png") for run in ("straight", "killed"))
+        assert (found - expected).abs().max() <= 2  # of 255
 
 
 @pytest.fixture
