@@ -156,6 +156,7 @@ class TrainConfig:
     generated_per_label: int = option("N, generated images per group", min=2)
     positives_per_label: int = option("P, real images per group", min=1)
     unconditional_per_label: int = option("M, real images of any class per group", min=1)
+    clamp_to_encode: bool = option("the encoder sees pixels clamped to [-1, 1], as picture files keep them")
     labels_at_once: int | None = option("groups of a piece, which a process computes at once; null: all", min=1)
     statistics: Literal["batch", "piece"] = option(
         "scale and drift norm of the whole batch, or of what is computed at once"

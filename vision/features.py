@@ -21,7 +21,9 @@ class Encoder(Protocol):
         ...
 
 
-def image_features(images: Tensor, encoder: Encoder | None = None, *, families: str = FAMILIES) -> dict[str, Tensor]:
+def image_features(
+    images: Tensor, encoder: Encoder | None = None, *, families: str = FAMILIES, clamp: bool = False
+) -> dict[str, Tensor]:
     """The features the drift is computed in: each image as one vector, and what the encoder makes of it.
 
     Source: paper A.5; the name "global" is the release's.
@@ -30,6 +32,8 @@ def image_features(images: Tensor, encoder: Encoder | None = None, *, families: 
         images: [B, channels, H, W].
         encoder: makes further features; without one the drift is computed on pixels alone.
         families: which of the encoder's families (a) to (d), see `multi_scale_features`.
+        clamp: the encoder sees pixels clamped to [-1, 1], which is what a picture file keeps of them. Those outside
+            take no gradient from the encoder; "global", which is not clamped, draws them back.
 
     Returns:
         Features [B, L, C] by name; "global" has L = 1 and C = channels * H * W.
@@ -38,7 +42,8 @@ def image_features(images: Tensor, encoder: Encoder | None = None, *, families: 
     >>> image_features(torch.zeros(5, 1, 8, 8))["global"].shape
     torch.Size([5, 1, 64])
     """
-    features = {} if encoder is None else encoder.features(images, families=families)
+    seen = images.clamp(-1.0, 1.0) if clamp else images
+    features = {} if encoder is None else encoder.features(seen, families=families)
     return {"global": images.flatten(1).unsqueeze(1)} | features
 
 

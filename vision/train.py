@@ -286,7 +286,12 @@ class Training:
     def _encode_eagerly(self, images: Tensor) -> dict[str, Tensor]:
         """Features `[B, locations, channels]` by name of samples `[B, C, H, W]`: themselves, and the encoder's."""
         with self._autocast():
-            return image_features(images, self.encoder, families=self.config.encoder.features or "a")
+            return image_features(
+                images,
+                self.encoder,
+                families=self.config.encoder.features or "a",
+                clamp=self.config.clamp_to_encode,
+            )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bfloat16)
@@ -531,6 +536,8 @@ class Pictures:
 
 def main(config: TrainConfig) -> int:
     """Train, judge, and say where everything is."""
+    if config.clamp_to_encode and (config.tokenizer is not None or config.data.name == "latents"):
+        raise UserError("clamp_to_encode: expected false for latents, which have no range, found true")
     device = choose_device(config.device)
     with process_group(device), StopRequest() as stop:
         tokenizer = load_tokenizer(config.tokenizer, device, bfloat16=config.bfloat16)

@@ -145,6 +145,17 @@ def test_any_encoder_will_do() -> None:
     assert image_features(images).keys() == {"global"}
 
 
+def test_the_encoder_sees_what_a_picture_file_keeps() -> None:
+    images = (2.0 * make_map(4, 1, 4, 4)).requires_grad_()
+    outside = images.abs() > 1.0
+    assert outside.any() and not outside.all()
+    features = image_features(images, HalvesOfImages(), families="ab", clamp=True)
+    assert torch.equal(features["halves_ab"].flatten(1), images.clamp(-1.0, 1.0).flatten(1))
+    assert torch.equal(features["global"][:, 0], images.flatten(1))
+    (gradient,) = torch.autograd.grad(features["halves_ab"].sum(), images)
+    assert torch.equal(gradient, 1.0 - outside.float())
+
+
 def test_groups_are_label_then_location() -> None:
     num_labels, samples, locations, channels = 3, 2, 5, 4
     feature = make_map(num_labels * samples, locations, channels)

@@ -353,6 +353,7 @@ def test_annealed_temperatures_start_at_their_multiple_and_end_as_they_are(train
         ("positives_per_label=9", ["queue.per_class", "9"]),
         ("loss.second_batch=halves", ["loss.second_batch='halves' needs field='sinkhorn'"]),
         ("temperature_start=0", ["temperature_start", "> 0"]),
+        ("tokenizer=/nonexistent", ["clamp_to_encode", "latents"]),
         ("run_dir=/dev/null/run", ["/dev/null/run"]),
     ],
 )
