@@ -171,7 +171,10 @@ def test_guidance_scales_are_judged_of_one_model(tmp_path: Path, judges: Path, s
     assert started == ["vision.train default seed0", "vision.evaluate default seed0"]
     lines = (config.table_folder / "table.md").read_text(encoding="utf-8").splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| default")]
-    assert [row[0] for row in rows] == ["| default, α = 1", "| default, α = 2.5"] and rows[0][2] != rows[1][2]
+    assert [row[0] for row in rows] == ["| default, α = 1", "| default, α = 2.5"]
+    written = json.loads((config.table_folder / "table.json").read_text(encoding="utf-8"))["equal_samples"]
+    assert [outcome["sampled"] for outcome in written] == ["α = 1", "α = 2.5"]
+    assert written[0]["evaluation"]["frechet"] != written[1]["evaluation"]["frechet"]
     more = replace(config, table=replace(config.table, guidance_scales=(1.0, 4.0)))
     assert ablate.main(more) == 0
     assert len(started) == 4  # a training that is complete, and its model judged again
