@@ -22,9 +22,8 @@ GRAM_RANGE = tl.constexpr(2.0**14)  # likewise, twice the number
 EPSILON = tl.constexpr(2.0**-23)  # of float32
 HUGE_UNIT = tl.constexpr(2.0**80)  # coordinates of points whose squares overflow are divided by it
 
-INTERPRETED = tl.constexpr(
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # as driftfield.fused asks; Triton < 3.4 has no knobs
+# The environment, as driftfield.fused asks it: Triton before 3.4 has no knobs.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 DONE, CLOSE, OVERFLOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # states of a group
 
