@@ -1,9 +1,10 @@
 """Judge generators at ImageNet's scale: `python -m vision.evaluate_imagenet models=[FOLDER] reference=FILE.npz`.
 
-FID, Inception Score and, where real images are given, precision, recall and KID, in Inception's features. Several
-models (decays of the EMA) and guidance scales are a search, and its result is reported as one. Samples are streamed,
-not held, and divided among the processes of torchrun; a sample depends on (seed, index, class, α) alone. Every finished
-row is in `evaluation.json`; stopped, the same command goes on with the next.
+FID, Inception Score, sFID where the reference has its statistics (ADM's has) and, where real images are given,
+precision, recall and KID, in Inception's features. Several models (decays of the EMA) and guidance scales are a search,
+and its result is reported as one. Samples are streamed, not held, and divided among the processes of torchrun; a sample
+depends on (seed, index, class, α) alone. Every finished row is in `evaluation.json`; stopped, the same command goes on
+with the next.
 """
 
 import importlib.metadata
@@ -29,6 +30,7 @@ from vision.fid import (
     FULL_COUNT,
     PROTOCOLS,
     SCORE_SPLITS,
+    SPATIAL_STATISTICS,
     ProtocolName,
     RealImages,
     Reference,
@@ -73,7 +75,9 @@ class EvaluateImageNetConfig:
     guidance_scales: tuple[float, ...] = option("values of α; searched", min=1)
     tokenizer: str | None = option("folder or hub id of the autoencoder that decodes latents; null: pixels")
     protocol: ProtocolName = option("what is compared with: the release's (MeanFlow's) statistics, or ADM's")
-    reference: Path = option("npz file of the protocol's statistics")
+    reference: Path = option(
+        "npz file of the protocol's statistics; with mu_s and sigma_s, as ADM's has them, also of sFID"
+    )
     reference_sha256: str | None = option("what its SHA-256 must be; null: any, it is recorded")
     reference_images: Path | None = option("npz with real images, arr_0, for precision, recall, KID; null: reference")
     inception: Path | None = option("file of Inception's weights; null: torch-fidelity's usual place")
@@ -138,7 +142,7 @@ def intermediate_fids(rows: Sequence[Mapping[str, Any]]) -> dict[int, Intermedia
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of `evaluation.json` as a Markdown table."""
-    columns = ("model", "EMA decay", "α", fid_name(rows[0]["num"]), "IS", "precision", "recall", "KID · 10³")
+    columns = ("model", "EMA decay", "α", fid_name(rows[0]["num"]), "sFID", "IS", "precision", "recall", "KID · 10³")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (
@@ -146,6 +150,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "unknown" if row["ema_decay"] is None else f"{row['ema_decay']:g}",
             f"{row['guidance_scale']:g}",
             f"{row['fid']:.2f}",
+            "" if row["sfid"] is None else f"{row['sfid']:.2f}",
             f"{row['inception_score']:.1f} ± {row['inception_score_std']:.1f}",
             *("" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall")),
             "" if row["kid"] is None else f"{1000 * row['kid']:.3f} ± {1000 * row['kid_std']:.3f}",
@@ -162,6 +167,7 @@ def main(config: EvaluateImageNetConfig) -> int:
         config.reference,
         protocol=config.protocol,
         num_features=network.num_features,
+        num_spatial=network.num_spatial,
         expected_sha256=config.reference_sha256,
     )
     real_images = _real_images(config)
@@ -169,6 +175,7 @@ def main(config: EvaluateImageNetConfig) -> int:
     record = {
         "protocol": config.protocol,
         "reference": {"is": PROTOCOLS[config.protocol].title, "sha256": reference.sha256},
+        "sfid": reference.spatial is not None,
         "real_images": None if real_images is None else {"sha256": real_images.sha256, "num": real_images.num},
         "inception_sha256": network.sha256,
         "torch_fidelity": importlib.metadata.version("torch-fidelity"),
@@ -320,6 +327,8 @@ def _say_what_is_measured(config: EvaluateImageNetConfig, reference: Reference, 
             "since fewer samples give larger distances",
             file=sys.stderr,
         )
+    if reference.spatial is None:
+        print(f"no {' and '.join(SPATIAL_STATISTICS)} in the reference, so no sFID; ADM's reference has them")
     if real is None:
         print("no real images (arr_0), so no precision, recall and KID; name some by reference_images=FILE.npz")
 

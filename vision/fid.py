@@ -28,6 +28,7 @@ SCORE_SPLITS: Final = 10
 SHUFFLE_SEED: Final = 2020  # of numpy's RandomState, whose stream is frozen for good
 KID_SUBSETS: Final = 100
 KID_SUBSET_SIZE: Final = 1000
+SPATIAL_STATISTICS: Final = ("mu_s", "sigma_s")  # in ADM's references
 ASYMMETRY: Final = 1e-6  # of a covariance, relative to its largest entry: what rounding to float32 leaves
 
 
@@ -52,7 +53,7 @@ PROTOCOLS: Final[Mapping[ProtocolName, Protocol]] = {
     "release": Protocol(
         labels="balanced",
         statistics=(("ref_mu", "ref_sigma"), ("mu", "sigma")),
-        foreign="mu_s",
+        foreign=SPATIAL_STATISTICS[0],
         title="the drifting release's and MeanFlow's statistics of ImageNet 256",
     ),
     "adm": Protocol(
@@ -65,11 +66,12 @@ PROTOCOLS: Final[Mapping[ProtocolName, Protocol]] = {
 
 
 class Reference(NamedTuple):
-    """Statistics of real images, with the SHA-256 of the file they are from."""
+    """Statistics of real images, with the SHA-256 of their file; `spatial` is for sFID, None where the file has none."""
 
     path: Path
     sha256: str
     gaussian: Gaussian
+    spatial: Gaussian | None
 
 
 class RealImages(NamedTuple):
@@ -295,7 +297,7 @@ def describe_labels(rule: LabelRule, count: int, num_classes: int) -> str:
 
 
 def open_reference(
-    path: Path, *, protocol: ProtocolName, num_features: int, expected_sha256: str | None = None
+    path: Path, *, protocol: ProtocolName, num_features: int, num_spatial: int, expected_sha256: str | None = None
 ) -> Reference:
     """Read a protocol's reference statistics, hash the file, and refuse what cannot be them.
 
@@ -303,6 +305,7 @@ def open_reference(
         path: npz file.
         protocol: whose reference it is.
         num_features: F of the network.
+        num_spatial: spatial features of the network, for sFID.
         expected_sha256: of the file; None takes any.
 
     Raises:
@@ -320,17 +323,13 @@ def open_reference(
     if names is None:
         wanted = " or ".join("/".join(pair) for pair in rules.statistics)
         raise UserError(f"reference: expected arrays {wanted} in {path}, found {', '.join(arrays) or 'none'}")
-    for name, shape in zip(names, ((num_features,), (num_features, num_features)), strict=True):
-        if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
-            raise UserError(
-                f"reference: expected {name} as real numbers {list(shape)} in {path}, found {_words(arrays[name])}"
-            )
-    try:
-        mean, covariance = (torch.from_numpy(read_npz_array(path, name)).double() for name in names)
-    except ValueError as error:
-        raise UserError(f"reference: {error}") from error
-    _check_statistics(path, mean, covariance)
-    return Reference(path, digest, Gaussian(mean, covariance))
+    has_spatial = arrays.keys() >= set(SPATIAL_STATISTICS)
+    return Reference(
+        path,
+        digest,
+        _read_gaussian(path, arrays, names, num_features),
+        _read_gaussian(path, arrays, SPATIAL_STATISTICS, num_spatial) if has_spatial else None,
+    )
 
 
 def open_real_images(path: Path, *, at_most: int) -> RealImages | None:
@@ -381,6 +380,20 @@ def _arrays(path: Path, key: str) -> dict[str, ArrayInfo]:
         return npz_arrays(path)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
+
+
+def _read_gaussian(path: Path, arrays: Mapping[str, ArrayInfo], names: tuple[str, str], size: int) -> Gaussian:
+    for name, shape in zip(names, ((size,), (size, size)), strict=True):
+        if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
+            raise UserError(
+                f"reference: expected {name} as real numbers {list(shape)} in {path}, found {_words(arrays[name])}"
+            )
+    try:
+        mean, covariance = (torch.from_numpy(read_npz_array(path, name)).double() for name in names)
+    except ValueError as error:
+        raise UserError(f"reference: {error}") from error
+    _check_statistics(path, mean, covariance)
+    return Gaussian(mean, covariance)
 
 
 def _check_statistics(path: Path, mean: Tensor, covariance: Tensor) -> None:

@@ -3,6 +3,12 @@
 TensorFlow's 2015-12-05 graph in PyTorch: its padding, its average pools and its resizing without antialiasing, from
 bytes to 2048 features and 1008 logits. Other Inception weights, torchvision's among them, give other distances, so
 there is no substitute for the file.
+
+The spatial features of sFID (Nash et al. 2021) are, as ADM's evaluator takes them, the first 7 channels of the graph's
+`mixed_6/conv`, flattened as TensorFlow lays them out: row, column, channel. That operation is the last of its layer,
+after convolution and batch norm, so a ReLU's output; and torch-fidelity's conversion of the weights puts `mixed_6/conv`
+into `Mixed_6d.branch1x1`, whose output it therefore is. This follows from the graph's and the conversion's names; it is
+not compared with numbers of TensorFlow.
 """
 
 import hashlib
@@ -20,6 +26,9 @@ WEIGHTS_URL: Final = f"https://github.com/toshas/torch-fidelity/releases/downloa
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # its first 8 digits are the name's
 NUM_FEATURES: Final = 2048
 NUM_LOGITS: Final = 1008
+SPATIAL_MODULE: Final = "Mixed_6d.branch1x1"  # Mixed_5b, 5c, ... 7c are TensorFlow's mixed, mixed_1, ... mixed_10
+SPATIAL_CHANNELS: Final = 7
+NUM_SPATIAL: Final = 17 * 17 * SPATIAL_CHANNELS  # 2023
 
 
 class InceptionOutput(NamedTuple):
@@ -27,6 +36,7 @@ class InceptionOutput(NamedTuple):
 
     features: Tensor  # [B, 2048], the pooled last layer
     logits: Tensor  # [B, 1008], without the bias, as the Inception Score takes them
+    spatial: Tensor  # [B, 2023], rows x columns x channels of the layer of sFID
 
 
 class Inception:
@@ -39,13 +49,14 @@ class Inception:
 
     num_features: int = NUM_FEATURES
     num_logits: int = NUM_LOGITS
+    num_spatial: int = NUM_SPATIAL
 
     def __init__(self, network: nn.Module, sha256: str) -> None:
         self._network, self.sha256 = network, sha256
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> InceptionOutput:
-        """Features and logits of uint8 images `[B, 3, H, W]`.
+        """Features, logits and spatial features of uint8 images `[B, 3, H, W]`.
 
         Raises:
             ValueError: the images are of another kind or shape.
@@ -53,8 +64,11 @@ class Inception:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 [B, 3, H, W], found {images.dtype} {list(images.shape)}")
         exact_convolutions = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with exact_convolutions, torch.autocast(images.device.type, enabled=False):
-            return InceptionOutput(*self._network(images))
+        layer: list[Tensor] = []  # [B, 192, 17, 17]
+        hook = self._network.get_submodule(SPATIAL_MODULE).register_forward_hook(lambda *call: layer.append(call[-1]))
+        with hook, exact_convolutions, torch.autocast(images.device.type, enabled=False):
+            features, logits = self._network(images)
+        return InceptionOutput(features, logits, layer[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1))
 
 
 def load_inception(path: Path | None = None, *, device: torch.device | str = "cpu") -> Inception:

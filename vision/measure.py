@@ -35,16 +35,21 @@ class FeatureNetwork(Protocol):
 
     num_features: int
     num_logits: int
+    num_spatial: int
 
     def __call__(self, images: Tensor) -> InceptionOutput:
-        """Features `[B, num_features]` and logits `[B, num_logits]` of uint8 images `[B, 3, H, W]`."""
+        """Features, logits, spatial features `[B, num_...]` of uint8 images `[B, 3, H, W]`."""
         ...
 
 
 class Figures(NamedTuple):
-    """What is measured of one generator at one guidance scale; None where no real images are given."""
+    """What is measured of one generator at one guidance scale; None where what it is compared with is not given.
+
+    That is spatial statistics of the reference for sFID, and real images for what follows the Inception Score.
+    """
 
     fid: float
+    sfid: float | None
     inception_score: float
     inception_score_std: float
     precision: float | None
@@ -90,6 +95,7 @@ class Measurement:
         self.label_rule = PROTOCOLS[protocol].labels
         self._network = network
         self._reference = Gaussian(*(part.to(device) for part in reference.gaussian))
+        self._spatial_reference = reference.spatial and Gaussian(*(part.to(device) for part in reference.spatial))
         self._share = process_share(num)
         self._real_features = None if real_images is None else self._features_of(real_images)
 
@@ -119,6 +125,7 @@ class Measurement:
             OSError: the samples cannot be written.
         """
         gaussian = StreamedGaussian(self._network.num_features, device=self.device)
+        spatial_gaussian = StreamedGaussian(self._network.num_spatial, device=self.device)
         score = StreamedInceptionScore(self.num, num_logits=self._network.num_logits, device=self.device)
         kept: list[Tensor] = []
         index = self._share.start
@@ -135,8 +142,10 @@ class Measurement:
         )
         with _sample_file(save_as, lambda: self._labels(generator, range(self.num))) as save:
             for images in batches:
-                features, logits = self._network(images.to(self.device))
+                features, logits, spatial = self._network(images.to(self.device))
                 gaussian.update(features)
+                if self._spatial_reference is not None:
+                    spatial_gaussian.update(spatial)
                 score.update(logits, first_index=index)
                 if self._real_features is not None:
                     kept.append(features)
@@ -145,15 +154,18 @@ class Measurement:
                 progress(len(images))
         gaussian.reduce()
         score.reduce()
-        fid = frechet_between(gaussian.gaussian(), self._reference)
+        fid, sfid = frechet_between(gaussian.gaussian(), self._reference), None
+        if self._spatial_reference is not None:
+            spatial_gaussian.reduce()
+            sfid = frechet_between(spatial_gaussian.gaussian(), self._spatial_reference)
         mean, std = score.score()
         if self._real_features is None:
-            return Figures(fid, mean, std, None, None, None, None, None, self.num, None)
+            return Figures(fid, sfid, mean, std, None, None, None, None, None, self.num, None)
         features = gather_rows(torch.cat(kept))
         precision, recall = precision_recall(self._real_features, features)
         kid, kid_std, subset_size = kernel_distance(self._real_features, features)
         num_real = len(self._real_features)
-        return Figures(fid, mean, std, precision, recall, kid, kid_std, subset_size, self.num, num_real)
+        return Figures(fid, sfid, mean, std, precision, recall, kid, kid_std, subset_size, self.num, num_real)
 
     def _labels(self, generator: ImageGenerator, indices: range) -> Tensor:
         return sample_labels(self.label_rule, indices, num_classes=generator.num_classes, seed=self.seed)

@@ -22,10 +22,11 @@ UNEVEN = (0, 23, 40)  # bounds of the shares
 
 
 class FeatureNetwork:
-    """Six features and five logits of an image's pixels and its squares."""
+    """Six features and five logits of an image's pixels and its squares; its first four pixels are the spatial ones."""
 
     num_features = 6
     num_logits = 5
+    num_spatial = 4
     sha256 = "stand-in"
 
     def __call__(self, images: Tensor) -> InceptionOutput:
@@ -33,7 +34,7 @@ class FeatureNetwork:
         draw = torch.Generator().manual_seed(0)
         weight = torch.randn(pixels.shape[1] * 2, 11, generator=draw, dtype=torch.float64) / pixels.shape[1] ** 0.5
         output = torch.cat((pixels, pixels.square()), dim=1) @ weight
-        return InceptionOutput(output[:, :6].float(), 3 * output[:, 6:].float())
+        return InceptionOutput(output[:, :6].float(), 3 * output[:, 6:].float(), pixels[:, :4].float())
 
 
 def rows() -> Tensor:

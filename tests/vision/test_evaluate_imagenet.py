@@ -67,10 +67,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, real_images: np.ndarray) ->
     tiny_generator(0).save_pretrained(folder / "run" / "model")
     tiny_generator(1).save_pretrained(folder / "run" / "model-0.9995")
     (folder / "run" / "config.yaml").write_text("ema_decays: [0.999, 0.9995]\n", encoding="utf-8")
-    features = FeatureNetwork()(torch.from_numpy(real_images).permute(0, 3, 1, 2)).features
+    features, _, spatial = FeatureNetwork()(torch.from_numpy(real_images).permute(0, 3, 1, 2))
     mean, covariance = (part.numpy() for part in fit_gaussian(features))
+    mu_s, sigma_s = (part.numpy() for part in fit_gaussian(spatial))
     save_npz(folder / "release.npz", ref_mu=mean, ref_sigma=covariance)
-    save_npz(folder / "adm.npz", mu=mean, sigma=covariance, mu_s=mean, sigma_s=covariance, arr_0=real_images)
+    save_npz(folder / "adm.npz", mu=mean, sigma=covariance, mu_s=mu_s, sigma_s=sigma_s, arr_0=real_images)
     return folder
 
 
@@ -84,6 +85,11 @@ def arguments(folder: Path, run_dir: Path, *more: str) -> list[str]:
     given = {word.partition("=")[0] for word in more}
     base = [f"{key}={value}" for key, value in keys.items() if key not in given]
     return [*base, f"run_dir={run_dir}", "batch_size=7", "device=cpu", "seed=5", *more]
+
+
+def adm(folder: Path) -> list[str]:
+    """All figures: the reference has spatial statistics and real images."""
+    return ["protocol=adm", f"reference={folder / 'adm.npz'}"]
 
 
 def run(words: list[str]) -> int:
@@ -117,7 +123,7 @@ def test_figures_are_those_of_the_whole_set(folder: Path, tmp_path: Path, real_i
     found = results(tmp_path / "out")
     (row,) = found["rows"]
     images = all_samples(folder, "model", "balanced", 1.5)
-    generated, logits = FeatureNetwork()(images)
+    generated, logits, _ = FeatureNetwork()(images)
     real = FeatureNetwork()(torch.from_numpy(real_images).permute(0, 3, 1, 2)).features
     score = StreamedInceptionScore(NUM, num_logits=5)
     score.update(logits, first_index=0)
@@ -147,23 +153,30 @@ def test_a_figure_carries_all_it_depends_on(folder: Path, tmp_path: Path, capsys
     assert len({row["model_sha256"] for row in found["rows"]}) == 2 and len({row["fid"] for row in found["rows"]}) == 4
     for row in found["rows"]:
         assert row["labels"] == "balanced: i mod 5, 8 of each class"
-        assert row["precision"] is row["recall"] is row["kid"] is row["num_real_images"] is None
+        assert row["sfid"] is row["precision"] is row["recall"] is row["kid"] is row["num_real_images"] is None
     best = min(found["rows"], key=lambda row: row["fid"])
     assert found["search"]["candidates"] == 4 and found["search"]["best"]["fid"] == best["fid"]
     assert "search over 4 candidates" in printed.out and "FID-40" in printed.out
     assert "FID-50k" not in printed.out + (tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8")
+    assert "no mu_s and sigma_s in the reference, so no sFID" in printed.out and found["sfid"] is False
     assert "warning: 40 samples, not 50000" in printed.err
 
 
-def test_adm_has_its_own_labels_and_its_own_real_images(folder: Path, tmp_path: Path) -> None:
-    assert run(arguments(folder, tmp_path / "out", "protocol=adm", f"reference={folder / 'adm.npz'}")) == 0
+def test_adm_has_its_own_labels_its_own_real_images_and_spatial_statistics(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(folder, tmp_path / "out", *adm(folder))) == 0
     found = results(tmp_path / "out")
     (row,) = found["rows"]
     assert row["labels"].startswith("random") and row["num_real_images"] == 30 and 0 <= row["recall"] <= 1
     assert found["real_images"] == {"sha256": found["reference"]["sha256"], "num": 30}
-    generated = FeatureNetwork()(all_samples(folder, "model", "random", 1.0)).features
-    real = FeatureNetwork()(torch.from_numpy(np.load(folder / "adm.npz")["arr_0"]).permute(0, 3, 1, 2)).features
-    assert row["fid"] == pytest.approx(frechet_distance(generated, real), rel=1e-6)
+    generated = FeatureNetwork()(all_samples(folder, "model", "random", 1.0))
+    real = FeatureNetwork()(torch.from_numpy(np.load(folder / "adm.npz")["arr_0"]).permute(0, 3, 1, 2))
+    assert row["fid"] == pytest.approx(frechet_distance(generated.features, real.features), rel=1e-6)
+    assert row["sfid"] == pytest.approx(frechet_distance(generated.spatial, real.spatial), rel=1e-6)
+    assert abs(row["sfid"] - row["fid"]) > 0.01 and found["sfid"] is True
+    printed = capsys.readouterr().out
+    assert f"| {row['fid']:.2f} | {row['sfid']:.2f} |" in printed and "no sFID" not in printed
 
 
 def test_a_stopped_evaluation_goes_on_with_the_next_row(
@@ -284,7 +297,7 @@ def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    more = [f"reference_images={folder / 'adm.npz'}", "guidance_scales=[1.5,2.0]", "save_samples=true", "num=41"]
+    more = [*adm(folder), "guidance_scales=[1.5,2.0]", "save_samples=true", "num=41"]
     command = [sys.executable, worker.__file__, str(out / "stream"), *arguments(folder, out / "out", *more)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2",
@@ -312,14 +325,14 @@ def test_statistics_of_two_processes_are_those_of_one(two_processes: Path) -> No
 
 
 def test_figures_of_two_processes_are_those_of_one(folder: Path, two_processes: Path, tmp_path: Path) -> None:
-    more = [f"reference_images={folder / 'adm.npz'}", "guidance_scales=[1.5,2.0]", "save_samples=true", "num=41"]
+    more = [*adm(folder), "guidance_scales=[1.5,2.0]", "save_samples=true", "num=41"]
     assert run(arguments(folder, tmp_path / "out", *more)) == 0
     alone, together = results(tmp_path / "out"), results(two_processes / "out")
     assert {name: alone[name] for name in alone if name not in ("rows", "search")} == {
         name: together[name] for name in together if name not in ("rows", "search")
     }
     for one, two in zip(alone["rows"], together["rows"], strict=True):
-        assert one.keys() == two.keys()
+        assert one.keys() == two.keys() and None not in [one[name] for name in ("sfid", "kid", "recall")]
         for name, value in one.items():
             assert two[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
     names = sorted(path.name for path in (tmp_path / "out").glob("samples-*.npz"))

@@ -226,7 +226,7 @@ def good_statistics() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(path: Path, protocol: str = "release", **more: str) -> Reference:
-    return open_reference(path, protocol=protocol, num_features=4, **more)
+    return open_reference(path, protocol=protocol, num_features=4, num_spatial=3, **more)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,18 @@ def test_the_release_prefers_its_own_names(tmp_path: Path) -> None:
 MU, SIGMA = good_statistics()
 
 
+def test_spatial_statistics_are_read_where_the_reference_has_both(tmp_path: Path) -> None:
+    usual, spatial = {"mu": MU, "sigma": SIGMA}, {"mu_s": MU[1:], "sigma_s": SIGMA[1:, 1:]}
+    found = read(save(tmp_path / "both.npz", **usual, **spatial), "adm")
+    assert found.spatial is not None and found.spatial.mean.dtype == torch.float64
+    np.testing.assert_array_equal(found.spatial.mean, MU[1:])
+    np.testing.assert_array_equal(found.spatial.covariance, SIGMA[1:, 1:])
+    np.testing.assert_array_equal(found.gaussian.mean, MU)
+    for name in ((), ("mu_s",), ("sigma_s",)):
+        some = {key: spatial[key] for key in name}
+        assert read(save(tmp_path / "some.npz", **usual, **some), "adm").spatial is None
+
+
 @pytest.mark.parametrize(
     ("protocol", "arrays", "words"),
     [
@@ -266,6 +278,8 @@ MU, SIGMA = good_statistics()
         ("adm", {"mu": MU[:3], "sigma": SIGMA}, ["mu", "[4]", "[3]"]),
         ("adm", {"mu": MU, "sigma": SIGMA[:3]}, ["sigma", "[4, 4]", "[3, 4]"]),
         ("adm", {"mu": MU, "sigma": (100 * SIGMA).astype(np.int64)}, ["real numbers", "int64"]),
+        ("adm", {"mu": MU, "sigma": SIGMA, "mu_s": MU, "sigma_s": SIGMA}, ["mu_s", "[3]", "[4]"]),
+        ("adm", {"mu": MU, "sigma": SIGMA, "mu_s": MU[1:], "sigma_s": -SIGMA[1:, 1:]}, ["covariance"]),
         ("adm", {"mu": MU * np.nan, "sigma": SIGMA}, ["finite"]),
         ("adm", {"mu": MU, "sigma": np.triu(SIGMA)}, ["covariance"]),
         ("adm", {"mu": MU, "sigma": -SIGMA}, ["covariance"]),

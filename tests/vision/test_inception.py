@@ -11,7 +11,7 @@ from torch import Tensor
 
 from driftfield.training import UserError
 from vision import inception
-from vision.inception import NUM_FEATURES, NUM_LOGITS, load_inception
+from vision.inception import NUM_FEATURES, NUM_LOGITS, NUM_SPATIAL, SPATIAL_CHANNELS, SPATIAL_MODULE, load_inception
 
 
 class WithoutWeights(published.FeatureExtractorInceptionV3):
@@ -61,7 +61,7 @@ def test_the_expected_file_is_torch_fidelitys() -> None:
 
 def test_features_and_logits_are_those_of_torch_fidelity(trusted: Path, images: Tensor) -> None:
     network = load_inception(trusted)
-    features, logits = network(images)
+    features, logits, _ = network(images)
     assert features.shape == (2, NUM_FEATURES) and logits.shape == (2, NUM_LOGITS)
     assert (network.num_features, network.num_logits) == (NUM_FEATURES, NUM_LOGITS)
     theirs = published.FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=str(trusted))
@@ -69,6 +69,29 @@ def test_features_and_logits_are_those_of_torch_fidelity(trusted: Path, images: 
     assert (features[0] - features[1]).norm() > 1e-3 * features.norm()
     # Without the bias, as the score takes them; with it they would be off by 10.
     torch.testing.assert_close(logits, features @ theirs.fc.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_features_are_mixed_6_conv_as_tensorflow_lays_them_out(trusted: Path, images: Tensor) -> None:
+    network = load_inception(trusted)
+    found = network(images).spatial
+    assert found.shape == (2, NUM_SPATIAL) == (2, 2023) and network.num_spatial == NUM_SPATIAL
+    theirs = published.FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=str(trusted))
+    # TensorFlow's blocks are mixed, mixed_1, ... mixed_10; its first branch of one is `conv`, a single convolution.
+    blocks = [name for name, _ in theirs.named_children() if name.startswith("Mixed_")]
+    assert len(blocks) == 11 and SPATIAL_MODULE == f"{blocks[6]}.branch1x1"
+    # The branches are joined in order, so the next block starts with this one: ReLU's output.
+    seen: list[Tensor] = []
+    theirs.get_submodule(blocks[7]).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    theirs(images)
+    (joined,) = seen
+    assert joined.shape == (2, 768, 17, 17) and SPATIAL_CHANNELS == 7
+    expected = [
+        [float(image[channel, row, column]) for row in range(17) for column in range(17) for channel in range(7)]
+        for image in joined
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert float(found.min()) == 0 and float(found.max()) > 0.1
+    assert not network._network.get_submodule(SPATIAL_MODULE)._forward_hooks  # nothing is left behind
 
 
 def test_nothing_lowers_the_precision(trusted: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
