@@ -66,7 +66,7 @@ PROTOCOLS: Final[Mapping[ProtocolName, Protocol]] = {
 
 
 class Reference(NamedTuple):
-    """Statistics of real images, with the SHA-256 of their file; `spatial` is for sFID, None where the file has none."""
+    """Statistics of real images, with the SHA-256 of their file; `spatial` is of sFID, None where there is none."""
 
     path: Path
     sha256: str
