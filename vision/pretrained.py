@@ -1,10 +1,12 @@
 """Models in a folder or on the hub: config.json (the constructor's keywords) and model.safetensors (the weights)."""
 
+import fcntl
 import inspect
 import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -17,6 +19,7 @@ from driftfield.training.sharding import class_name
 from vision.model_card import model_card
 from vision.release import (
     ARRAYS_FILE,
+    METADATA_FILE,
     RELEASE_PREFIX,
     RELEASED,
     download,
@@ -145,7 +148,7 @@ def _folder_of(source: str | os.PathLike[str], revision: str | None, model: type
 
 
 def _converted(name: str, revision: str | None, model: type[nn.Module]) -> Path:
-    """Folder of a converted model of the release; several processes may convert it at once, to equal files."""
+    """Folder of a converted model of the release, the first time converted by one of a machine's processes."""
     names = [released for released, kind in RELEASED.items() if MODELS[kind] == model.__name__]
     if name not in names:
         raise ValueError(
@@ -156,9 +159,18 @@ def _converted(name: str, revision: str | None, model: type[nn.Module]) -> Path:
 
     ours = Path(huggingface_hub.constants.HF_HUB_CACHE).parent / "driftfield"
     folder = ours / (name if revision is None else f"{name}@{quote(revision, safe='')}")
-    if not all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE)):
-        convert_release(download_release(name, revision=revision), folder, models=(model,))
+    if not _is_there(folder):
+        source = download_release(name, revision=revision)
+        with open(source / METADATA_FILE, "rb") as file:
+            with suppress(OSError):  # a disk without locks: several convert at once, to equal files
+                fcntl.flock(file, fcntl.LOCK_EX)  # the others wait: a conversion takes twice the model's memory
+            if not _is_there(folder):
+                convert_release(source, folder, models=(model,))
     return folder
+
+
+def _is_there(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def _first_sentence(kind: type) -> str:

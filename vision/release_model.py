@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from driftfield.training.pretrained import write_files
 from vision.release import ARRAYS_FILE, METADATA_FILE, Damaged, read_arrays, require_files
 from vision.release_layout import Description, Origin, describe_model, our_tensor, their_shapes
 
@@ -30,7 +31,7 @@ def convert_release(
     Args:
         source: folder with metadata.json and ema_params.msgpack.
         out: folder to write, made if it does not exist; a model in it is replaced.
-        models: classes of ours that it may become, each with `save_pretrained`.
+        models: classes of ours that it may become, each with `config`, the keywords that build it.
 
     Raises:
         FileNotFoundError: the source lacks one of the two files.
@@ -50,7 +51,8 @@ def convert_release(
             "differences:\n  " + "\n  ".join(wrong)
         )
     model.load_state_dict(_our_state(description.origins, arrays), strict=True, assign=True)
-    model.save_pretrained(out)
+    # By every process that converts: each machine of a training has a cache of its own, and not each the main process.
+    write_files(Path(out), model.state_dict(), description.model, model.config)
     with open(source / ARRAYS_FILE, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -35,9 +35,22 @@ def write_model(folder: Path, model: nn.Module, name: str, arguments: Mapping[st
     """
     tensors = gathered(model.state_dict())
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(folder / WEIGHTS_FILE, tensors)
-        write_json(folder / CONFIG_FILE, {"model": name, "arguments": dict(arguments)})
+        write_files(folder, tensors, name, arguments)
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], name: str, arguments: Mapping[str, Any]) -> None:
+    """Write the two files of a model from its whole tensors, in whichever process calls this.
+
+    Args:
+        folder, name, arguments: as for `write_model`.
+        tensors: by name.
+
+    Raises:
+        OSError: if the disk refuses; a file is then as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(folder / WEIGHTS_FILE, tensors)
+    write_json(folder / CONFIG_FILE, {"model": name, "arguments": dict(arguments)})
 
 
 def read_model_name(folder: Path) -> str:

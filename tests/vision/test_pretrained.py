@@ -1,6 +1,8 @@
 """`from_pretrained` from folder, hub and release; `push_to_hub` and the card it writes."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,15 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.vision.release_artifacts import GOLDEN, golden_mae
+from vision import pretrained
 from vision.convert import convert
 from vision.generator import ImageGenerator
 from vision.mae import ResNetMAE
 from vision.model_card import model_card
+from vision.release_model import convert_release
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TINY: dict[str, Any] = {"in_channels": 2, "base_channels": 4, "blocks": (1, 1), "num_classes": 3}
@@ -88,6 +93,34 @@ def test_a_half_written_conversion_is_done_again(hub_cache: Path) -> None:
     generator = ImageGenerator.from_pretrained("hf://ablation")
     (hub_cache.parent / "driftfield" / "ablation" / "config.json").unlink()  # it is written last
     assert equal(ImageGenerator.from_pretrained("hf://ablation"), generator)
+
+
+def test_a_process_that_is_not_the_main_one_gets_its_conversion(hub_cache: Path) -> None:
+    """The main process may be slower, or on a machine with another cache."""
+    artifact = cached(hub_cache, "Goodeat/drifting", "models/gen/jax/latent_B_sota")
+    shutil.copytree(GOLDEN / "generator_latent", artifact, dirs_exist_ok=True)
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        assert ImageGenerator.from_pretrained("hf://latent_B_sota").channels == 4
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_converts_while_the_others_wait(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = cached(hub_cache, "Goodeat/drifting", "models/gen/jax/latent_B_sota")
+    shutil.copytree(GOLDEN / "generator_latent", artifact, dirs_exist_ok=True)
+    converted: list[Any] = []
+
+    def convert_slowly(*arguments: Any, **options: Any) -> None:
+        converted.append(arguments)
+        time.sleep(0.5)  # long enough for the others to come
+        convert_release(*arguments, **options)
+
+    monkeypatch.setattr(pretrained, "convert_release", convert_slowly)
+    with ThreadPoolExecutor(3) as pool:  # the lock is a file's, so it parts threads as it parts processes
+        first, *others = pool.map(ImageGenerator.from_pretrained, ["hf://latent_B_sota"] * 3)
+    assert len(converted) == 1
+    assert all(equal(first, other) for other in others)
 
 
 def test_each_revision_is_converted_for_itself(hub_cache: Path) -> None:
