@@ -240,7 +240,7 @@ class ResNetMAE(Pretrained):
         return self._reconstruct(self.encode(self.hide(images, mask)))
 
     def loss(
-        self, images: Tensor, mask: Tensor, label: Tensor | None = None, *, classification_weight: float = 0.0
+        self, images: Tensor, mask: Tensor, label: Tensor | None = None, *, classification_weight: float | Tensor = 0.0
     ) -> MAELoss:
         """Squared error on the hidden locations, and for the fine-tuning a share of cross entropy.
 
@@ -248,7 +248,8 @@ class ResNetMAE(Pretrained):
             images: [B, channels, H, W].
             mask: True or 1 where a location is hidden, [B, 1, H / patch_size, W / patch_size].
             label: class of each image, integers [B].
-            classification_weight: lambda in lambda * cross entropy + (1 - lambda) * squared error, in [0, 1].
+            classification_weight: lambda in lambda * cross entropy + (1 - lambda) * squared error, in [0, 1]. Compiled,
+                each number is a function of its own, and a tensor [] one for all; its value is not looked at.
 
         Raises:
             ValueError: a shape is wrong, or classification_weight is outside [0, 1] or lacks the labels it needs.
@@ -256,7 +257,8 @@ class ResNetMAE(Pretrained):
         Returns:
             The loss and its parts for each image.
         """
-        if not 0 <= classification_weight <= (0 if label is None else 1):
+        known = isinstance(classification_weight, float | int)
+        if known and not 0 <= classification_weight <= (0 if label is None else 1):
             raise ValueError(
                 f"classification_weight: expected a number in [0, 1], 0 without labels; found {classification_weight} "
                 f"{'without' if label is None else 'with'} labels"

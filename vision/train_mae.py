@@ -212,9 +212,13 @@ class MAETraining:
         draws = [generator(self.config.seed, "mask", self.step_number, slot) for slot in slots]
         one = batch.new_empty(1, *batch.shape[1:], device="cpu")  # only its shape is used
         mask = torch.cat([self.model.draw_mask(one, ratio=self.config.mask_ratio, generator=draw) for draw in draws])
-        labels = self.real.labels[sample_ids(visits, len(self.real))].to(self.device) if classification_weight else None
+        classified: dict[str, Tensor] = {}
+        if classification_weight:
+            labels = self.real.labels[sample_ids(visits, len(self.real))]
+            weight = torch.tensor(classification_weight)  # a number would be compiled in, and changes at every step
+            classified = {"label": labels.to(self.device), "classification_weight": weight.to(self.device)}
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            return self._model_loss(batch, mask.to(self.device), labels, classification_weight=classification_weight)
+            return self._model_loss(batch, mask.to(self.device), **classified)
 
     def _classification_weight(self) -> float:
         """A.3: 0, and over the last images a share of cross entropy that rises from 0."""
