@@ -3,7 +3,8 @@
 Of every image and of its mirror it keeps the posterior's mean and standard deviation, from which each epoch draws
 anew. To resume after a stop or a kill, run the same command again: files that are whole stay, damaged and missing ones
 are made. Several processes share the work under torchrun, or each with shard=I num_shards=N; whichever ends last
-checks the whole store and marks it complete.
+checks the whole store and marks it complete. With max_unreadable=0.001 up to a thousandth of the images may be
+unreadable: the store has the next of their class in their place, and says so in STORE/runs.
 """
 
 import os
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from driftfield.training import Progress, RunFolder, StopRequest, UserError, fault_point, option, run_program, to_plain
+from driftfield.training.atomic_file import parse_json, write_json
 from driftfield.training.device import Device, choose_device
 from vision.config import CONFIG_DIR
 from vision.data import DataError, to_float
@@ -36,6 +38,8 @@ from vision.latent_files import (
 from vision.tokenizer import Tokenizer
 
 BATCHES_AHEAD: Final = 2  # decoded while the device encodes
+RUNS: Final = "runs"  # folder of the notes of who wrote the store
+UNREADABLE: Final = "unreadable.json"  # names of images in whose place others are, among a share's notes
 Batch = tuple[int, range]  # number of a file, ids of some of its images
 
 
@@ -55,6 +59,9 @@ class CacheLatentsConfig:
     batch_size: int = option("images to encode at once", min=1)
     chunk_images: int = option("images per file of the store; a kill loses at most the work on one", min=1)
     workers: int = option("threads that decode images", min=1)
+    max_unreadable: float = option(
+        "share of the files that may be damaged, each replaced by the next of its class", min=0, max=1
+    )
     num_shards: int | None = option("processes that share the work; null: torchrun's, else 1", min=1)
     shard: int | None = option("which of them this is, from 0; null: torchrun's rank, else 0", min=0)
     device: Device = option("where to compute")
@@ -80,17 +87,18 @@ def main(config: CacheLatentsConfig) -> int:
         classes=config.classes,
         image_size=config.image_size,
         workers=config.workers,
+        max_unreadable=config.max_unreadable,
     )
     device = choose_device(config.device)
     tokenizer = _load_tokenizer(config).to(device)
     header = make_header(config, images, tokenizer)
     try:
         _open_or_create(config.out, header, images.labels)
-        run_dir = config.out / "runs" / f"shard-{share.shard}-of-{share.num_shards}"
+        run_dir = config.out / RUNS / f"shard-{share.shard}-of-{share.num_shards}"
         every_key = [field.name for field in fields(config)]  # the header says which of them make another store
         with RunFolder(run_dir, config, may_change=every_key), StopRequest() as stop:
             files = LatentFiles(config.out, header)
-            _write_missing(files, share, images, tokenizer, config, stop)
+            _write_missing(files, share, images, tokenizer, config, stop, run_dir / UNREADABLE)
             if stop.requested:
                 print(f"stopped; the same command goes on from here ({config.out})")
                 return stop.exit_code
@@ -171,6 +179,7 @@ def _write_missing(
     tokenizer: Tokenizer,
     config: CacheLatentsConfig,
     stop: StopRequest,
+    unreadable: Path,
 ) -> None:
     """Encode the images of those of this process's files that are missing or damaged; return early on a stop."""
     present = sum(files.path(number).is_file() for number in share.of(files))
@@ -194,10 +203,20 @@ def _write_missing(
                 return
             parts.append(_encode(tokenizer, pixels, ids, images, config.dtype))
             if ids[-1] == files.images(number)[-1]:
+                if images.unreadable:  # first: a kill leaves no file that holds others in their place unsaid
+                    write_json(unreadable, sorted({*_read_names(unreadable), *images.unreadable}))
                 fault_point(f"cache_latents.write.{number}")
                 files.write(number, torch.cat(parts))
                 parts.clear()
             progress.update(len(ids))
+
+
+def _read_names(file: Path) -> list[str]:
+    """Unreadable images that a share met, at any of its starts."""
+    try:
+        return [str(name) for name in parse_json(file.read_bytes())] if file.exists() else []
+    except ValueError as error:
+        raise UserError(f"{file}: expected a list of names, found: {error}; delete it") from error
 
 
 def _is_whole(files: LatentFiles, number: int) -> bool:
@@ -263,6 +282,8 @@ def _finish(folder: Path, files: LatentFiles) -> None:
     else:
         statistics = group.attrs[COMPLETE]
     print(f"{folder}: latents of {header.count} images and their mirrors, whole and checked ({header.dtype})")
+    if names := sorted({name for file in (folder / RUNS).glob(f"*/{UNREADABLE}") for name in _read_names(file)}):
+        print(f"of {len(names)} unreadable images, named in {RUNS}/*/{UNREADABLE}, the next of their class")
     for channel, (mean, std) in enumerate(zip(statistics["mean"], statistics["std"], strict=True)):
         print(f"channel {channel}: mean {mean:+.3f}, standard deviation {std:.3f}")
 

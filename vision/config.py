@@ -30,6 +30,9 @@ class DataConfig:
     image_size: int = option("side of imagenet's crops, in pixels", min=1)
     workers: int = option("threads that read images or latents", min=1)
     memory_gib: float = option("memory for samples read again, in GiB; the processes of a machine share it", min=0)
+    max_unreadable: float = option(
+        "share of imagenet's files that may be damaged, each replaced by the next of its class", 0.0, min=0, max=1
+    )
 
 
 @dataclass(kw_only=True)

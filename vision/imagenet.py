@@ -1,11 +1,13 @@
 """Images in folders, one per class, as ImageNet comes: decoded when they are looked at, by several threads."""
 
 import hashlib
+import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Final, Literal, NamedTuple
@@ -30,6 +32,11 @@ RANDOM_CROP_TRIES: Final = 10
 MAX_ASPECT: Final = 64  # of an image: its short side is scaled to 256 before the crop, and the long one with it
 # What Pillow converts to RGB without loss of range: grey is repeated, alpha dropped, CMYK inverted and multiplied.
 MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_log = logging.getLogger(__name__)
+
+
+class UnreadableImageError(DataError):
+    """A file that is no usable image, whoever reads it when and where."""
 
 
 class ImageFolder:
@@ -45,6 +52,9 @@ class ImageFolder:
         image_size: side of the crops, in pixels.
         workers: threads that decode.
         memory_gib: memory for decoded crops, so that visits read again soon are not decoded again.
+        max_unreadable: share of the files that may be empty, damaged or no image. In the place of each, at every visit,
+            the next readable one of its class is read, by name and after the last the first: what an id shows depends
+            on the files alone. 0: the first such file is an error. What the system refuses to read always is.
 
     Raises:
         DataError: folders are missing or unknown, or without images, or files can't be images.
@@ -60,6 +70,7 @@ class ImageFolder:
         image_size: int = IMAGE_SIZE,
         workers: int = 8,
         memory_gib: float = 0.0,
+        max_unreadable: float = 0.0,
     ) -> None:
         self.folder = Path(root) / split
         self.class_names = _class_names(self.folder, classes)
@@ -67,11 +78,16 @@ class ImageFolder:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._recent = _Recent(int(memory_gib * 2**30) // (3 * image_size**2))
         files = list(self._pool.map(lambda name: _list_images(self.folder / name), self.class_names))
-        _require_images(self.folder, dict(zip(self.class_names, files, strict=True)))
+        self._unreadable = _Unreadable(max_unreadable, sum(map(len, files)))
+        _require_images(self.folder, dict(zip(self.class_names, files, strict=True)), self._unreadable.allowed)
         counts = torch.tensor([len(of_class) for of_class in files])
         self.labels = torch.arange(len(files)).repeat_interleave(counts)  # [n]
+        self._ends = counts.cumsum(0).tolist()  # of each class's ids
         self._names = [file.name for of_class in files for file in of_class]
         self.fingerprint = _fingerprint(self.class_names, files)
+        for image, file in enumerate(chain.from_iterable(files)):
+            if not file.bytes:
+                self._unreadable.add(image, f"{self.path(image)}: expected an image file, found it empty or unreadable")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -85,6 +101,11 @@ class ImageFolder:
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of a crop."""
         return 3, self._image_size, self._image_size
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Files CLASS/NAME in whose place others are read, as far as they were met."""
+        return [str(self.path(image).relative_to(self.folder)) for image in sorted(self._unreadable.images)]
 
     def path(self, image: int) -> Path:
         """File of an image, by its id."""
@@ -131,7 +152,22 @@ class ImageFolder:
         return np.ascontiguousarray(pixels[..., ::-1]) if mirrored else pixels
 
     def _open(self, image: int) -> Image.Image:
-        return read_image(self.path(image))
+        """The image of an id, or in its place the next readable one of its class."""
+        for other in self._from(image):
+            if other in self._unreadable.images:
+                continue
+            try:
+                return read_image(self.path(other))
+            except UnreadableImageError as error:
+                self._unreadable.add(other, error)
+        raise DataError(f"{self.path(image).parent}: expected at least one readable image, found none")
+
+    def _from(self, image: int) -> Iterator[int]:
+        """The ids of an image's class, from its own on, and after the last from the first on."""
+        label = int(self.labels[image])
+        start, end = self._ends[label - 1] if label else 0, self._ends[label]
+        yield from range(image, end)
+        yield from range(start, image)
 
     def _center(self, image: Image.Image) -> np.ndarray:
         return _pixels(center_crop(image, self._image_size))
@@ -146,18 +182,23 @@ def read_image(path: Path) -> Image.Image:
     """Decode an image file to RGB.
 
     Raises:
-        DataError: it is no whole image, or has more than 8 bits a channel, or is extremely long or large.
+        UnreadableImageError: it is no whole image, or has more than 8 bits a channel, or is extremely long or large.
+        DataError: the system does not let it be read.
     """
     try:
         with Image.open(path) as image:
             mode, (width, height) = image.mode, image.size
             rgb = image.convert("RGB") if mode in MODES else None
     except Exception as error:  # decoders of foreign files raise anything
-        raise DataError(f"{path}: expected a whole image, found: {type(error).__name__}: {error}") from error
+        of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+        kind = DataError if of_system else UnreadableImageError
+        raise kind(f"{path}: expected a whole image, found: {type(error).__name__}: {error}") from error
     if rgb is None:
-        raise DataError(f"{path}: expected an image of 8 bits a channel ({', '.join(MODES)}), found mode {mode}")
+        raise UnreadableImageError(
+            f"{path}: expected an image of 8 bits a channel ({', '.join(MODES)}), found mode {mode}"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"{path}: expected sides of at most {MAX_ASPECT}:1, found {width} x {height}")
+        raise UnreadableImageError(f"{path}: expected sides of at most {MAX_ASPECT}:1, found {width} x {height}")
     return rgb
 
 
@@ -248,6 +289,30 @@ class _Recent:
         return pixels
 
 
+class _Unreadable:
+    """Ids of the unreadable files met so far, of which there may be a share; threads may add at the same time."""
+
+    def __init__(self, share: float, num: int) -> None:
+        self.images: set[int] = set()
+        self.allowed = int(share * num)
+        self._limit = f"max_unreadable={share:g} allows {self.allowed} of {num} files"
+        self._lock = Lock()
+
+    def add(self, image: int, reason: object) -> None:
+        """Take in an id, and say so once.
+
+        Raises:
+            DataError: it is one too many.
+        """
+        with self._lock:
+            if image in self.images:
+                return
+            if len(self.images) == self.allowed:
+                raise DataError(f"{reason}; {self._limit}")
+            self.images.add(image)
+            _log.warning("%s; the next image of its class is read instead; %s", reason, self._limit)
+
+
 def _class_names(folder: Path, classes: Classes) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of images for each class; there is no such folder")
@@ -285,7 +350,7 @@ def _bytes(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _require_images(folder: Path, files: dict[str, list[_File]]) -> None:
+def _require_images(folder: Path, files: dict[str, list[_File]], max_empty: int) -> None:
     empty = [name for name, of_class in files.items() if not of_class]
     if empty:
         raise DataError(
@@ -293,7 +358,7 @@ def _require_images(folder: Path, files: dict[str, list[_File]]) -> None:
             f"found {_some(empty)} without any"
         )
     unreadable = [f"{name}/{file.name}" for name, of_class in files.items() for file in of_class if not file.bytes]
-    if unreadable:
+    if len(unreadable) > max_empty:
         raise DataError(f"{folder}: expected image files, found {_some(unreadable)} empty or unreadable")
 
 

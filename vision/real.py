@@ -39,7 +39,13 @@ def load_real(config: DataConfig, tokenizer: Tokenizer | None = None) -> RealSam
         image_size=config.image_size,
         workers=config.workers,
         memory_gib=memory_gib,
+        max_unreadable=config.max_unreadable,
     )
+
+
+def unreadable_images(real: RealSamples) -> list[str]:
+    """Files of a folder of images that this process found unreadable, each replaced by the next of its class."""
+    return real.unreadable if isinstance(real, ImageFolder) else []
 
 
 def load_tokenizer(source: str | None, device: torch.device, *, bfloat16: bool = False) -> Tokenizer | None:

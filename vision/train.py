@@ -59,7 +59,7 @@ from vision.evaluate import MODEL, SNAPSHOTS, Judgement, judged_splits, table
 from vision.features import Encoder, family_of, group_by_label, image_features
 from vision.generator import ImageGenerator
 from vision.pictures import save_animation, save_grid
-from vision.real import load_real, load_tokenizer
+from vision.real import load_real, load_tokenizer, unreadable_images
 from vision.real_features import RealFeatures
 from vision.sample import draw_inputs, sample
 from vision.tokenizer import Tokenizer
@@ -71,9 +71,9 @@ MAX_PICTURE_CLASSES: Final = 10
 MAX_FRAMES: Final = 40  # of the animation
 # A resumed run may change what only concerns where it runs, not what it computes.
 MAY_CHANGE: Final = (
-    "run_dir", "shard", "data.folder", "data.workers", "data.memory_gib", "checkpoint_activations", "real_features_mib",
-    "writers", "checkpoint_every_images", "log_every_images", "picture_every_images", "picture_guidance_scales",
-    "snapshot_every_images",
+    "run_dir", "shard", "data.folder", "data.workers", "data.memory_gib", "data.max_unreadable",
+    "checkpoint_activations", "real_features_mib", "writers", "checkpoint_every_images", "log_every_images",
+    "picture_every_images", "picture_guidance_scales", "snapshot_every_images",
 )  # fmt: skip
 RESULTS: Final = "results.json"
 PICTURES: Final = "pictures"  # folder of the grids through training
@@ -441,6 +441,7 @@ def run(
             "device": str(device),
             "trained_in_this_start_s": round(trained_s, 1),
             "this_start_s": round(time.monotonic() - start, 1),
+            "unreadable_images_in_this_start": unreadable_images(real),
             **judge(config, device),
         }
         save_animation(_some(sorted((folder / PICTURES).glob("*.png"))), folder / "training.gif")

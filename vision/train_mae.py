@@ -39,7 +39,7 @@ from vision.config import CONFIG_DIR, EncoderConfig, TrainConfig
 from vision.data import RealSamples
 from vision.mae import MAELoss, ResNetMAE
 from vision.pictures import save_grid
-from vision.real import Reader, load_real, load_tokenizer
+from vision.real import Reader, load_real, load_tokenizer, unreadable_images
 from vision.tokenizer import Tokenizer
 
 BETAS: Final = (0.9, 0.95)
@@ -285,6 +285,8 @@ def main(config: TrainConfig) -> int:
             return stop.exit_code
         if is_main():
             print(f"encoder in {config.encoder.run_dir / WEIGHTS}, {time.monotonic() - start:.0f} s")
+            if names := unreadable_images(real):
+                print(f"{len(names)} images were unreadable and replaced by the next of their class, as said above")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Caching latents: what is written, and that kills, stops, damage and company change none of it."""
 
+import json
 import os
 import shutil
 import signal
@@ -302,6 +303,31 @@ def test_an_image_that_cannot_be_read_is_named(data: Path, vae: Path, tmp_path: 
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(DataError, match=r"china/5\.JPEG: expected a whole image"):
         cache(broken, vae, tmp_path / "store")
+
+
+def test_an_unreadable_image_is_the_next_of_its_class_and_named(
+    data: Path, vae: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after it was met, too: the start that finishes the store still names it."""
+    broken, out = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "store"
+    for name in ("china/1.JPEG", "flower/5.JPEG"):  # in the first file of the store, and in the last
+        path = broken / "train" / name
+        path.write_bytes(b"<html>".ljust(path.stat().st_size))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DRIFTFIELD_FAULT", "cache_latents.write.2:raise")
+        with pytest.raises(RuntimeError):
+            cache(broken, vae, out, max_unreadable=0.2)
+    assert cache(broken, vae, out, max_unreadable=0.2) == 0
+    assert "of 2 unreadable images, named in runs/*/unreadable.json, the next of their class" in capsys.readouterr().out
+    noted = json.loads((out / "runs" / "shard-0-of-1" / "unreadable.json").read_text(encoding="utf-8"))
+    assert noted == ["china/1.JPEG", "flower/5.JPEG"]
+    expected, found = (
+        torch.cat([files_of(store).read(number) for number in range(4)]) for store in (straight, out)
+    )  # [14, 2, 2, 4, 8, 8] each
+    instead = torch.arange(14)
+    instead[[1, 13]] = torch.tensor([2, 8])
+    torch.testing.assert_close(found, expected[instead], atol=2e-3, rtol=2e-3)  # a batch's size changes the last digits
+    assert (found[instead != torch.arange(14)] - expected[[1, 13]]).abs().amax((1, 2, 3, 4, 5)).min() > 0.1
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])

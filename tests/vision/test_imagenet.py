@@ -185,6 +185,127 @@ def test_a_decompression_bomb_is_refused(root: Path, monkeypatch: pytest.MonkeyP
         read_image(root / "train" / "b" / "z.JPEG")
 
 
+# Unreadable files among readable ones
+
+
+EIGHT = [f"{name}/{number}.jpg" for name in ("a", "b") for number in range(4)]
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+# Each damaged file beside the one to be read instead: the next of its class, beyond damaged ones, and around its end.
+@pytest.mark.parametrize(
+    ("damage", "instead"),
+    [
+        ({"a/1.jpg": _truncate}, {"a/1.jpg": "a/2.jpg"}),
+        ({"a/3.jpg": _html, "b/0.jpg": _empty}, {"a/3.jpg": "a/0.jpg", "b/0.jpg": "b/1.jpg"}),
+        (
+            {"b/2.jpg": _sixteen_bits, "b/3.jpg": _dangling, "b/0.jpg": _line},
+            {"b/2.jpg": "b/1.jpg", "b/3.jpg": "b/1.jpg", "b/0.jpg": "b/1.jpg"},
+        ),
+        ({"a/0.jpg": _folder, "b/3.jpg": _truncate}, {"a/0.jpg": "a/1.jpg", "b/3.jpg": "b/0.jpg"}),
+    ],
+)
+@pytest.mark.parametrize("augmentation", ["flip", "crop"])
+def test_in_the_place_of_an_unreadable_file_the_next_of_its_class_is_read(
+    tmp_path: Path,
+    photograph: np.ndarray,
+    caplog: pytest.LogCaptureFixture,
+    damage: dict[str, Callable[[Path], object]],
+    instead: dict[str, str],
+    augmentation: str,
+) -> None:
+    """As from a tree in which a copy of that file stands there, whatever is read with it, before it or after it."""
+    broken, copied = (write_tree(tmp_path / name, photograph, EIGHT) for name in ("broken", "copied"))
+    for name, other in instead.items():
+        (copied / "train" / name).write_bytes((broken / "train" / other).read_bytes())
+        damage[name](broken / "train" / name)
+    options = {"augmentation": augmentation, "image_size": 32}
+    visits = torch.randperm(24, generator=torch.Generator().manual_seed(0))  # of three epochs
+    expected = ImageFolder(copied, **options).read(visits, seed=3)
+    assert not torch.equal(expected[visits % 8 == 1], expected[visits % 8 == 5])
+    images = ImageFolder(broken, max_unreadable=0.4, workers=3, **options)  # 3 of 8
+    assert torch.equal(images.read(visits, seed=3), expected)
+    assert torch.equal(images.read(visits.flip(0), seed=3).flip(0), expected)
+    for visit in (5, 9, 0, 7):  # in any order, from the beginning, as after a resume
+        resumed = ImageFolder(broken, max_unreadable=0.4, workers=1, **options)
+        assert torch.equal(resumed.read(torch.tensor([visit]), seed=3)[0], expected[visits == visit][0])
+    crops = ImageFolder(copied, image_size=32).center_crops(range(8))
+    assert torch.equal(ImageFolder(broken, image_size=32, max_unreadable=0.4).center_crops(range(8)), crops)
+    assert images.unreadable == sorted(damage) and images.labels.tolist() == [0] * 4 + [1] * 4
+    caplog.clear()
+    ImageFolder(broken, max_unreadable=0.4, **options).read(visits, seed=3)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == len(damage) and all(
+        any(f"train/{name}: expected" in line for line in warned) for name in damage
+    )
+    with pytest.raises(DataError, match="max_unreadable=0 allows 0 of 8 files|empty or unreadable"):
+        ImageFolder(broken, **options).read(visits, seed=3)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_more_unreadable_files_than_allowed_are_an_error(tmp_path: Path, photograph: np.ndarray, workers: int) -> None:
+    root = write_tree(tmp_path, photograph, EIGHT)
+    for name in ("a/1.jpg", "b/0.jpg", "b/2.jpg"):
+        _truncate(root / "train" / name)
+    images = ImageFolder(root, image_size=32, workers=workers, max_unreadable=0.25)
+    for _ in range(3):  # a file counts once, however often it is met
+        images.center_crops([0, 1, 1, 4, 4])
+    assert images.unreadable == ["a/1.jpg", "b/0.jpg"]
+    with pytest.raises(DataError, match=r"b/2\.jpg: expected a whole image.* max_unreadable=0.25 allows 2 of 8 files"):
+        images.center_crops([0, 6])
+
+
+def test_empty_files_count_from_the_start(tmp_path: Path, photograph: np.ndarray) -> None:
+    root = write_tree(tmp_path, photograph, EIGHT)
+    for name in ("a/1.jpg", "b/0.jpg"):
+        _empty(root / "train" / name)
+    assert ImageFolder(root, max_unreadable=0.25).unreadable == ["a/1.jpg", "b/0.jpg"]
+    with pytest.raises(DataError, match=r"found 2 \(a/1.jpg, b/0.jpg\) empty or unreadable"):
+        ImageFolder(root, max_unreadable=0.249)
+    _truncate(root / "train" / "b" / "3.jpg")
+    with pytest.raises(DataError, match=r"b/3.jpg: expected a whole image.*max_unreadable=0.25 allows 2 of 8 files"):
+        ImageFolder(root, max_unreadable=0.25).center_crops(range(8))
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path: Path, photograph: np.ndarray) -> None:
+    root = write_tree(tmp_path, photograph, EIGHT)
+    for number in range(4):
+        _html(root / "train" / "b" / f"{number}.jpg")
+    images = ImageFolder(root, max_unreadable=1)
+    images.center_crops(range(4))
+    with pytest.raises(DataError, match="train/b: expected at least one readable image, found none"):
+        images.center_crops([6])
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), MemoryError("no room")])
+def test_what_the_system_refuses_is_never_replaced(
+    root: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """A disk's or a memory's bad moment is none of the file: after a resume it might be read."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    images = ImageFolder(root, max_unreadable=1)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataError, match=r"a/B\.webp: expected a whole image, found: (OSError|MemoryError)"):
+        images.read(torch.tensor([0]), seed=0)
+    assert images.unreadable == []
+
+
 # Crops
 
 

@@ -1,6 +1,7 @@
 """ImageNet's way from end to end, tiny: photographs, latents, encoder, generator, samples; killed and resumed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,42 @@ def test_encoder_killed_and_resumed_is_the_same(folder: Path, mae: Path, tmp_pat
     killed_then_finished("vision.train_mae", again, "mae.step.4:exit")
     one, other = (ResNetMAE.from_pretrained(place / "model").state_dict() for place in (mae, tmp_path / "mae"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_encoder_stopped_among_unreadable_images_and_resumed_is_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from a tree in which the next image of the class stands in the place of each unreadable one."""
+    broken, copied = (Path(shutil.copytree(folder / "images", tmp_path / name)) for name in ("broken", "copied"))
+    for name, other in (("china/10.JPEG", "china/11.JPEG"), ("flower/9.JPEG", "flower/0.JPEG")):  # bytewise: 9 is last
+        shutil.copy(broken / "train" / other, copied / "train" / name)
+        os.truncate(broken / "train" / name, (broken / "train" / name).stat().st_size // 2)
+
+    def words(name: str, share: float) -> list[str]:
+        changes = {
+            "data.folder": tmp_path / name, "data.max_unreadable": share, "encoder.run_dir": tmp_path / f"{name}_mae",
+            "tokenizer": "null", "encoder.images": 48, "encoder.microbatch": 16, "encoder.classifier_images": 16,
+            "encoder.checkpoint_every_images": 16,
+        }  # fmt: skip
+        base = [word for word in encoder(folder) if word.partition("=")[0] not in changes]
+        return [*base, *(f"{key}={value}" for key, value in changes.items())]
+
+    run(train_mae, TrainConfig, "train", *words("copied", 0))
+    with monkeypatch.context() as patched:
+        patched.setenv("DRIFTFIELD_FAULT", "mae.step.2:raise")
+        with pytest.raises(RuntimeError):
+            run(train_mae, TrainConfig, "train", *words("broken", 0.1))
+    run(train_mae, TrainConfig, "train", *words("broken", 0.1))
+    assert "2 images were unreadable and replaced by the next of their class" in capsys.readouterr().out
+    one, other = (
+        ResNetMAE.from_pretrained(tmp_path / f"{name}_mae" / "model").state_dict() for name in ("copied", "broken")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    refused = run_program(
+        train_mae.main, TrainConfig, config_dir=CONFIG_DIR, config_name="train", description="",
+        arguments=[*words("broken", 0.05), f"encoder.run_dir={tmp_path / 'again'}"],
+    )  # fmt: skip
+    assert refused == 2 and "max_unreadable=0.05 allows 1 of 24 files" in capsys.readouterr().err
 
 
 def test_generator_killed_and_resumed_is_the_same_and_samples_images(
