@@ -42,6 +42,8 @@ class ImageGenerator(Pretrained):
             equal. 1: they are spread like noise, from which a small network on few pixels spreads over the data at once
             instead of first leaving the mean of each class.
         attention_in_float32: compute the attention itself in float32 although autocast is on.
+        rotary_in_bfloat16: round the rotary angles to bfloat16, by up to 1 rad in late tokens, as the release does for
+            attention in bfloat16: its two latent finals learned with such angles.
 
     Raises:
         ValueError: a size is not positive or does not divide as stated.
@@ -71,6 +73,7 @@ class ImageGenerator(Pretrained):
         num_style_entries: int = 64,
         output_gain: float = 0.0,
         attention_in_float32: bool = True,
+        rotary_in_bfloat16: bool = False,
     ) -> None:
         super().__init__()
         self.config = {
@@ -78,7 +81,7 @@ class ImageGenerator(Pretrained):
             "depth": depth, "num_heads": num_heads, "cond_size": cond_size, "num_classes": num_classes,
             "num_context_tokens": num_context_tokens, "num_styles": num_styles,
             "num_style_entries": num_style_entries, "output_gain": output_gain,
-            "attention_in_float32": attention_in_float32,
+            "attention_in_float32": attention_in_float32, "rotary_in_bfloat16": rotary_in_bfloat16,
         }  # fmt: skip
         _check_sizes(self.config)
         self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
@@ -103,7 +106,8 @@ class ImageGenerator(Pretrained):
         if output_gain:
             nn.init.xavier_uniform_(self.final.out.weight, gain=output_gain)
         num_tokens = num_context_tokens + grid_size * grid_size
-        self.register_buffer("rotary", rotary_table(num_tokens, hidden_size // num_heads), persistent=False)
+        dtype = torch.bfloat16 if rotary_in_bfloat16 else torch.float32
+        self.register_buffer("rotary", rotary_table(num_tokens, hidden_size // num_heads, dtype), persistent=False)
 
         nn.init.normal_(self.context, std=EMBEDDING_STD)
         for layer in (self.patch_embedding, self.context_projection):
@@ -180,7 +184,9 @@ def sincos_positions(grid_size: int, hidden_size: int) -> Tensor:
 
 def _check_sizes(config: dict[str, Any]) -> None:
     for name, size in config.items():
-        least = 0 if name in ("num_styles", "output_gain", "attention_in_float32") else 1
+        if isinstance(size, bool):
+            continue
+        least = 0 if name in ("num_styles", "output_gain") else 1
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, found {size}")
     if config["image_size"] % config["patch_size"]:

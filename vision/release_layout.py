@@ -58,6 +58,7 @@ class ReleasedGenerator:
             "cond_size": self.cond_dim, "num_classes": self.num_classes, "num_context_tokens": self.n_cls_tokens,
             "num_styles": self.noise_coords if self.noise_classes else 0,
             "num_style_entries": max(self.noise_classes, 1), "attention_in_float32": self.attn_fp32,
+            "rotary_in_bfloat16": self.use_bf16 and not self.attn_fp32,
         }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ ROTARY_BASE = 10000.0
 FEED_FORWARD_MULTIPLE = 32  # the hidden width of SwiGLU is rounded up to a multiple of this
 
 
-def rotary_table(num_tokens: int, head_size: int) -> Tensor:
+def rotary_table(num_tokens: int, head_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosines and sines of the rotary angles n * base^(-2i / head_size).
 
     Source: paper A.2 (rotary position embedding over the whole sequence).
@@ -17,6 +17,7 @@ def rotary_table(num_tokens: int, head_size: int) -> Tensor:
     Args:
         num_tokens: length N of the sequence.
         head_size: channels D of one head, an even number.
+        dtype: in which tokens, frequencies, angles and the result are rounded.
 
     Returns:
         float32 table [2, N, D/2]: cosines, then sines.
@@ -26,8 +27,8 @@ def rotary_table(num_tokens: int, head_size: int) -> Tensor:
     """
     half = head_size // 2
     frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32) / half)  # [D/2]
-    angle = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequency)  # [N, D/2]
-    return torch.stack((angle.cos(), angle.sin()))  # [2, N, D/2]
+    angle = torch.outer(torch.arange(num_tokens, dtype=torch.float32).to(dtype), frequency.to(dtype))  # [N, D/2]
+    return torch.stack((angle.cos(), angle.sin())).float()  # [2, N, D/2]
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

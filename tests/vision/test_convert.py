@@ -51,6 +51,17 @@ def changed_artifact(folder: Path, changes: dict[str, Any], **model_config: Any)
     return write_artifact(folder, kind="gen", model_config=read_config(LATENT) | model_config, tree=nested(leaves))
 
 
+@pytest.mark.parametrize(("bfloat16", "attention_in_float32"), [(True, False), (True, True), (False, False)])
+def test_rotary_angles_are_rounded_where_the_release_computed_them_in_bfloat16(
+    bfloat16: bool, attention_in_float32: bool, tmp_path: Path
+) -> None:
+    source = changed_artifact(tmp_path / "source", {}, use_bf16=bfloat16, attn_fp32=attention_in_float32)
+    convert(source, tmp_path / "model")
+    generator = ImageGenerator.from_pretrained(tmp_path / "model")
+    assert generator.config["rotary_in_bfloat16"] == (bfloat16 and not attention_in_float32)
+    assert generator.config["attention_in_float32"] == attention_in_float32
+
+
 def golden_array(name: str) -> np.ndarray:
     shape, dtype, content = msgpack.unpackb(flat(read_tree(LATENT))[name].data)
     return np.frombuffer(content, dtype).reshape(shape)

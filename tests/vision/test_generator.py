@@ -186,6 +186,18 @@ def test_rotation_angles() -> None:
     torch.testing.assert_close(turned, torch.from_numpy(expected).float())
 
 
+def test_rotation_in_bfloat16_is_the_releases() -> None:
+    """The release's own table of 272 tokens and heads of 64, for the two latent finals."""
+    generator = make_generator(hidden_size=128, image_size=32, num_context_tokens=16, rotary_in_bfloat16=True)
+    with np.load(GOLDEN / "rotary_bfloat16.npz") as golden:
+        expected = np.stack([golden["cosine"], golden["sine"]])  # [2, N, D/2]
+    assert generator.rotary.shape == expected.shape
+    assert (generator.rotary.numpy() != expected).mean() < 1e-3  # a cosine may fall between two bfloat16 numbers
+    torch.testing.assert_close(generator.rotary, torch.from_numpy(expected), rtol=0, atol=2**-8)
+    assert (rotary_table(272, 64) - generator.rotary).abs().max() > 0.9  # late tokens are turned elsewhere
+    assert not any("rotary" in name for name in generator.state_dict())
+
+
 def test_attention_against_a_loop() -> None:
     torch.manual_seed(0)
     attention = Attention(8, 2).double()
