@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from vision.transformer import RMSNorm
 
 EMBEDDING_STD = 0.02
-GUIDANCE_FACTOR = 0.02  # keeps the normalised guidance vector at the size of the other embeddings
+GUIDANCE_GAIN = 0.02  # the paper's: the size of the other embeddings before training
 NUM_FREQUENCIES = 128  # cosines and sines make 256 channels
 LONGEST_PERIOD = 10000.0
 
 
 class GuidanceEmbedding(nn.Module):
-    """Guidance scale alpha -> 0.02 RMSNorm(MLP(cos and sin of alpha at 128 frequencies)) (paper A.2).
+    """Guidance scale alpha -> gain * RMSNorm(MLP(cos and sin of alpha at 128 frequencies)) (paper A.2).
 
     Args:
         cond_size: channels of the result.
+        gain: size of the result; the paper's 0.02 takes long to be learned.
 
     >>> GuidanceEmbedding(4)(torch.tensor([1.0, 2.5])).shape
     torch.Size([2, 4])
@@ -25,8 +26,9 @@ class GuidanceEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, cond_size: int) -> None:
+    def __init__(self, cond_size: int, *, gain: float = GUIDANCE_GAIN) -> None:
         super().__init__()
+        self.gain = gain
         exponent = torch.arange(NUM_FREQUENCIES, dtype=torch.float32) / NUM_FREQUENCIES
         frequencies = torch.exp(-math.log(LONGEST_PERIOD) * exponent)  # [128]
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -40,7 +42,7 @@ class GuidanceEmbedding(nn.Module):
     def forward(self, guidance_scale: Tensor) -> Tensor:
         angle = guidance_scale[:, None].float() * self.frequencies  # [B, 128]
         waves = torch.cat((angle.cos(), angle.sin()), dim=-1)  # [B, 256]
-        return GUIDANCE_FACTOR * self.norm(self.mlp(waves))  # [B, cond]
+        return self.gain * self.norm(self.mlp(waves))  # [B, cond]
 
 
 class StyleEmbedding(nn.EmbeddingBag):
@@ -79,18 +81,27 @@ class Conditioning(nn.Module):
         cond_size: channels of the condition vector.
         num_styles: style slots S; 0 for none.
         num_style_entries: entries of each slot.
+        guidance_gain: size of the guidance embedding.
 
     >>> condition = Conditioning(10, 4, num_styles=2, num_style_entries=3)
     >>> condition(torch.tensor([7]), torch.tensor([1.0]), torch.tensor([[0, 2]])).shape
     torch.Size([1, 4])
     """
 
-    def __init__(self, num_classes: int, cond_size: int, *, num_styles: int, num_style_entries: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        cond_size: int,
+        *,
+        num_styles: int,
+        num_style_entries: int,
+        guidance_gain: float = GUIDANCE_GAIN,
+    ) -> None:
         super().__init__()
         self.label = nn.Embedding(num_classes, cond_size)
         nn.init.normal_(self.label.weight, std=EMBEDDING_STD)
         self.style = StyleEmbedding(num_styles, num_style_entries, cond_size) if num_styles else None
-        self.guidance = GuidanceEmbedding(cond_size)
+        self.guidance = GuidanceEmbedding(cond_size, gain=guidance_gain)
 
     def forward(self, label: Tensor, guidance_scale: Tensor, style: Tensor) -> Tensor:
         condition = self.label(label) + self.guidance(guidance_scale)  # [B, cond]

@@ -78,6 +78,7 @@ class GeneratorConfig:
     num_styles: int = option("random style slots", min=0)
     num_style_entries: int = option("entries of each style slot", min=1)
     output_gain: float = option("gain of the last layer's initial weights; 0: the paper's zero", min=0)
+    guidance_gain: float = option("size of the guidance embedding; 0.02: the paper's, learned late", min=0)
     attention_in_float32: bool = option("attention itself in float32 although activations are bfloat16")
 
 

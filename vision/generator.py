@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision.conditioning import EMBEDDING_STD, Conditioning
+from vision.conditioning import EMBEDDING_STD, GUIDANCE_GAIN, Conditioning
 from vision.patches import patchify, unpatchify
 from vision.pretrained import Pretrained
 from vision.transformer import FinalLayer, TransformerBlock, rotary_table
@@ -41,6 +41,8 @@ class ImageGenerator(Pretrained):
         output_gain: gain of the last layer's initial Xavier-uniform weights. 0, the paper's: the first images are all
             equal. 1: they are spread like noise, from which a small network on few pixels spreads over the data at once
             instead of first leaving the mean of each class.
+        guidance_gain: size of the guidance embedding. 0.02, the paper's: as the other embeddings at first, which then
+            outgrow it, so that in a short run the guidance scale hardly matters. 1: it matters at once.
         attention_in_float32: compute the attention itself in float32 although autocast is on.
         rotary_in_bfloat16: round the rotary angles to bfloat16, by up to 1 rad in late tokens, as the release does for
             attention in bfloat16: its two latent finals learned with such angles.
@@ -72,6 +74,7 @@ class ImageGenerator(Pretrained):
         num_styles: int = 32,
         num_style_entries: int = 64,
         output_gain: float = 0.0,
+        guidance_gain: float = GUIDANCE_GAIN,
         attention_in_float32: bool = True,
         rotary_in_bfloat16: bool = False,
     ) -> None:
@@ -80,7 +83,7 @@ class ImageGenerator(Pretrained):
             "image_size": image_size, "channels": channels, "patch_size": patch_size, "hidden_size": hidden_size,
             "depth": depth, "num_heads": num_heads, "cond_size": cond_size, "num_classes": num_classes,
             "num_context_tokens": num_context_tokens, "num_styles": num_styles,
-            "num_style_entries": num_style_entries, "output_gain": output_gain,
+            "num_style_entries": num_style_entries, "output_gain": output_gain, "guidance_gain": guidance_gain,
             "attention_in_float32": attention_in_float32, "rotary_in_bfloat16": rotary_in_bfloat16,
         }  # fmt: skip
         _check_sizes(self.config)
@@ -92,7 +95,11 @@ class ImageGenerator(Pretrained):
         patch_channels = patch_size * patch_size * channels
 
         self.conditioning = Conditioning(
-            num_classes, cond_size, num_styles=num_styles, num_style_entries=num_style_entries
+            num_classes,
+            cond_size,
+            num_styles=num_styles,
+            num_style_entries=num_style_entries,
+            guidance_gain=guidance_gain,
         )
         self.patch_embedding = nn.Linear(patch_channels, hidden_size)
         self.position = nn.Parameter(sincos_positions(grid_size, hidden_size))  # [N, hidden]
@@ -186,7 +193,7 @@ def _check_sizes(config: dict[str, Any]) -> None:
     for name, size in config.items():
         if isinstance(size, bool):
             continue
-        least = 0 if name in ("num_styles", "output_gain") else 1
+        least = 0 if name in ("num_styles", "output_gain", "guidance_gain") else 1
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, found {size}")
     if config["image_size"] % config["patch_size"]:

@@ -23,7 +23,7 @@ TINY = {
 }  # fmt: skip
 
 
-def make_generator(**changes: int) -> ImageGenerator:
+def make_generator(**changes: float) -> ImageGenerator:
     """A tiny generator whose every weight is random, so that nothing is hidden by the zeros of its start."""
     torch.manual_seed(0)
     generator = ImageGenerator(**TINY | changes)
@@ -143,13 +143,14 @@ def test_style_is_a_sum_over_slots() -> None:
     torch.testing.assert_close(embed(style), expected)
 
 
-def test_guidance_embedding_formula() -> None:
-    embed = make_generator().conditioning.guidance
+@pytest.mark.parametrize(("gain", "options"), [(0.02, {}), (1.0, {"guidance_gain": 1.0})])
+def test_guidance_embedding_formula(gain: float, options: dict[str, float]) -> None:
+    embed = make_generator(**options).conditioning.guidance
     alpha = np.array([1.0, 2.5])
     angle = alpha[:, None] * 10000.0 ** (-np.arange(128) / 128)
     waves = torch.from_numpy(np.concatenate([np.cos(angle), np.sin(angle)], axis=1)).float()
     hidden = embed.mlp(waves)
-    expected = 0.02 * embed.norm.weight * hidden / (hidden.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    expected = gain * embed.norm.weight * hidden / (hidden.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(embed(torch.from_numpy(alpha).float()), expected)
 
 

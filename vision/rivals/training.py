@@ -28,7 +28,8 @@ GENERATORS: Final[dict[Method, type[ImageGenerator]]] = {
     "gan": ImageGenerator,
 }
 NOT_OF_THE_DISCRIMINATOR: Final = (
-    "num_context_tokens", "num_styles", "num_style_entries", "output_gain", "attention_in_float32",
+    "num_context_tokens", "num_styles", "num_style_entries", "output_gain", "guidance_gain",
+    "attention_in_float32",
 )  # fmt: skip
 
 PREFIX: Final = "discriminator_"  # of its groups of tensors in a checkpoint
