@@ -23,7 +23,15 @@ import torch
 
 from driftfield.training import option, run_program
 from driftfield.training.atomic_file import write_json
-from vision.latent_files import VARIANTS, VERSION, LatentFiles, LatentHeader, create_store, mark_complete
+from vision.latent_files import (
+    VARIANTS,
+    VERSION,
+    LatentFiles,
+    LatentHeader,
+    LatentStatistics,
+    create_store,
+    mark_complete,
+)
 from vision.latents import LatentStore
 
 CONFIG_DIR: Final = Path(__file__).parents[1] / "configs" / "benchmarks"
@@ -49,7 +57,7 @@ def make_store(folder: Path, count: int) -> LatentFiles:
         tokenizer="random",
         tokenizer_sha256="",
         bfloat16=False,
-        scale=0.18215,
+        scale=1.0,
         sample_shape=SHAPE,
         dtype="float16",
         image_size=256,
@@ -63,7 +71,7 @@ def make_store(folder: Path, count: int) -> LatentFiles:
     moments = torch.randn(header.chunk_images, len(VARIANTS), *header.record_shape).abs().half()
     for number in range(len(files)):
         files.write(number, moments[: len(files.images(number))])
-    mark_complete(folder, {"mean": [0.0] * 4, "std": [1.0] * 4})
+    mark_complete(folder, LatentStatistics(mean=(0.0,) * 4, std=(1.0,) * 4))
     os.sync()
     return files
 

@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -31,9 +31,12 @@ from vision.latent_files import (
     LatentDtype,
     LatentFiles,
     LatentHeader,
+    LatentStatistics,
     create_store,
     mark_complete,
     open_store,
+    read_statistics,
+    require_plausible,
 )
 from vision.tokenizer import Tokenizer
 
@@ -56,6 +59,9 @@ class CacheLatentsConfig:
     image_size: int = option("side of the centre crops, in pixels", min=1)
     dtype: LatentDtype = option("of the moments; float16 rounds them by at most 1/2048 of their value")
     bfloat16: bool = option("encode in bfloat16, faster and coarser")
+    std_band: tuple[float, float] = option(
+        "lowest and highest plausible standard deviation of all scaled latents, which the scale makes about 1", min=0
+    )
     batch_size: int = option("images to encode at once", min=1)
     chunk_images: int = option("images per file of the store; a kill loses at most the work on one", min=1)
     workers: int = option("threads that decode images", min=1)
@@ -65,6 +71,10 @@ class CacheLatentsConfig:
     num_shards: int | None = option("processes that share the work; null: torchrun's, else 1", min=1)
     shard: int | None = option("which of them this is, from 0; null: torchrun's rank, else 0", min=0)
     device: Device = option("where to compute")
+
+    def __post_init__(self) -> None:
+        if self.std_band[0] >= self.std_band[1]:
+            raise ValueError(f"std_band: expected the lowest before the highest, found {list(self.std_band)}")
 
 
 class Share(NamedTuple):
@@ -102,7 +112,7 @@ def main(config: CacheLatentsConfig) -> int:
             if stop.requested:
                 print(f"stopped; the same command goes on from here ({config.out})")
                 return stop.exit_code
-            _finish(config.out, files)
+            _finish(config.out, files, config.std_band)
     except OSError as error:
         raise UserError(f"out: expected a place that can be written, found {config.out}: {error.strerror}") from error
     return 0
@@ -208,6 +218,8 @@ def _write_missing(
                 fault_point(f"cache_latents.write.{number}")
                 files.write(number, torch.cat(parts))
                 parts.clear()
+                if number == missing[0]:  # a wrong scale shows at once
+                    require_plausible(config.out, _statistics(files, [number], config.std_band), files.header)
             progress.update(len(ids))
 
 
@@ -268,40 +280,42 @@ def _decoded_ahead(images: ImageFolder, batches: Iterable[Batch]) -> Iterator[Te
             yield pending.popleft().result()
 
 
-def _finish(folder: Path, files: LatentFiles) -> None:
+def _finish(folder: Path, files: LatentFiles, std_band: tuple[float, float]) -> None:
     """Check every record and mark the store complete, unless other processes still have files to write."""
     missing = len(files.missing())
     if missing:
         print(f"this share is done; {missing} of {len(files)} files are left to the other shards")
         return
     group, header = open_store(folder)
-    if COMPLETE not in group.attrs:
-        statistics = _statistics(files, header)
+    marked = read_statistics(folder, group, header) if COMPLETE in group.attrs else None
+    statistics = replace(marked, std_band=std_band) if marked else _statistics(files, range(len(files)), std_band)
+    require_plausible(folder, statistics, header)
+    if statistics != marked:
         fault_point("cache_latents.complete")
         mark_complete(folder, statistics)
-    else:
-        statistics = group.attrs[COMPLETE]
     print(f"{folder}: latents of {header.count} images and their mirrors, whole and checked ({header.dtype})")
     if names := sorted({name for file in (folder / RUNS).glob(f"*/{UNREADABLE}") for name in _read_names(file)}):
         print(f"of {len(names)} unreadable images, named in {RUNS}/*/{UNREADABLE}, the next of their class")
-    for channel, (mean, std) in enumerate(zip(statistics["mean"], statistics["std"], strict=True)):
+    for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
         print(f"channel {channel}: mean {mean:+.3f}, standard deviation {std:.3f}")
 
 
-def _statistics(files: LatentFiles, header: LatentHeader) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel over all latents, every record read and checked.
+def _statistics(files: LatentFiles, numbers: Sequence[int], std_band: tuple[float, float]) -> LatentStatistics:
+    """Mean and standard deviation of each channel over all latents of some files, every record read and checked.
 
     The variance of a sample is that of the means plus the mean of the variances.
     """
+    header, count = files.header, 0
     mean = torch.zeros(header.sample_shape[0], dtype=torch.float64)
     square = torch.zeros_like(mean)
-    for number in range(len(files)):
+    for number in numbers:
         means, stds = (files.read(number).double() * header.scale).unbind(2)  # [m, 2, c, h, w] each
         mean += means.sum((0, 1, 3, 4))
         square += (means.square() + stds.square()).sum((0, 1, 3, 4))
-    count = header.count * 2 * header.sample_shape[1] * header.sample_shape[2]
+        count += means[:, :, 0].numel()
     mean, square = mean / count, square / count
-    return {"mean": mean.tolist(), "std": (square - mean.square()).clamp(min=0).sqrt().tolist()}
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return LatentStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()), std_band=std_band)
 
 
 if __name__ == "__main__":

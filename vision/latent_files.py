@@ -12,7 +12,7 @@ its fill value, and takes far longer for single records.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,9 @@ HEADER, COMPLETE = "driftfield_latents", "complete"  # attributes of the group
 MOMENTS, LABELS = "moments", "labels"  # its arrays
 VARIANTS: Final = ("image", "mirror")
 MENDING: Final = "python -m vision.cache_latents with the same keys mends it"
+# Of all latents: a scale is there to make it 1 (Rombach et al. 2022, Appendix G). With Stable Diffusion's ImageNet has
+# 0.91, by EDM2's published statistics of its channels; without the scale 5.0, scaled twice 0.17.
+STD_BAND: Final = (0.5, 2.0)
 LatentDtype = Literal["float16", "float32"]
 
 _GROUP, _CREATE_LOCK = "zarr.json", "create.lock"
@@ -72,6 +75,25 @@ class LatentHeader:
     def record_bytes(self) -> int:
         """Bytes of a record, its CRC included."""
         return int(np.prod(self.record_shape)) * np.dtype(self.dtype).itemsize + _CRC_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentStatistics:
+    """What the mark of a complete store says: moments of each channel over all scaled latents."""
+
+    mean: tuple[float, ...] = option("of each channel")
+    std: tuple[float, ...] = option("of each channel", min=0)
+    std_band: tuple[float, float] = option("lowest and highest plausible standard deviation of all", STD_BAND, min=0)
+
+    @property
+    def overall_std(self) -> float:
+        """Standard deviation of all latents, whatever their channel.
+
+        >>> LatentStatistics(mean=(-3.0, 3.0), std=(4.0, 4.0)).overall_std
+        5.0
+        """
+        mean, std = np.array(self.mean), np.array(self.std)
+        return float(np.sqrt((std**2).mean() + mean.var()))
 
 
 def create_store(folder: Path, header: LatentHeader, labels: Tensor) -> None:
@@ -128,14 +150,42 @@ def _require_empty(folder: Path) -> None:
         )
 
 
-def mark_complete(folder: Path, statistics: dict[str, list[float]]) -> None:
-    """Say that every file is there and whole.
+def mark_complete(folder: Path, statistics: LatentStatistics) -> None:
+    """Say that every file is there and whole."""
+    zarr.open_group(folder, mode="r+", zarr_format=3).attrs[COMPLETE] = to_plain(statistics)
 
-    Args:
-        folder: of the store.
-        statistics: "mean" and "std" of each channel over all latents, scaled.
+
+def read_statistics(folder: Path, group: Any, header: LatentHeader) -> LatentStatistics:
+    """What the mark of a complete store says.
+
+    Raises:
+        DataError: it is damaged, or does not fit the header.
     """
-    zarr.open_group(folder, mode="r+", zarr_format=3).attrs[COMPLETE] = statistics
+    try:
+        statistics = from_plain(LatentStatistics, group.attrs[COMPLETE])
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder}: mark {COMPLETE}: {error}") from error
+    if not len(statistics.mean) == len(statistics.std) == header.sample_shape[0]:
+        raise DataError(
+            f"{folder}: mark {COMPLETE}: expected mean and std of {header.sample_shape[0]} channels, "
+            f"found {len(statistics.mean)} and {len(statistics.std)}"
+        )
+    return statistics
+
+
+def require_plausible(folder: Path, statistics: LatentStatistics, header: LatentHeader) -> None:
+    """Refuse latents that are scaled wrongly, or not at all.
+
+    Raises:
+        DataError: their standard deviation lies outside the band.
+    """
+    low, high = statistics.std_band
+    if not low <= statistics.overall_std <= high:  # also for NaN
+        raise DataError(
+            f"{folder}: expected scaled latents of standard deviation {low:g} to {high:g}, found "
+            f"{statistics.overall_std:.3g} with scale {header.scale:g} (tokenizer {header.tokenizer}); if that is "
+            "right, declare it by std_band=[LOW,HIGH] of python -m vision.cache_latents"
+        )
 
 
 def open_store(folder: Path) -> tuple[Any, LatentHeader]:
@@ -296,8 +346,24 @@ class LatentFiles:
         return records
 
     def read(self, number: int) -> Tensor:
-        """All moments of a file, `[m, 2, 2, c, h, w]`, as `read_records` reads them."""
-        return self.moments(self.read_records(number)).unflatten(0, (-1, len(VARIANTS)))
+        """All moments of a file, `[m, 2, 2, c, h, w]`, as `read_records` reads them.
+
+        Raises:
+            DataError: it is missing or damaged, or not all of them are finite.
+        """
+        moments = self.moments(self.read_records(number)).unflatten(0, (-1, len(VARIANTS)))
+        self.require_finite(moments, self.images(number))
+        return moments
+
+    def require_finite(self, values: Tensor, images: Sequence[int]) -> None:
+        """Refuse values `[k, ...]` that are not finite; the message names the first such image's file."""
+        finite = values.isfinite().flatten(1).all(1)  # [k]
+        if not finite.all():
+            image = images[int(finite.int().argmin())]
+            raise DataError(
+                f"{self.path(image // self.header.chunk_images)}: expected finite latents, "
+                f"found NaN or infinity in those of image {image}; {MENDING}"
+            )
 
     def write(self, number: int, moments: Tensor) -> None:
         """Write a file, whole or not at all.

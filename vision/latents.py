@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,21 @@ from torch import Tensor
 from driftfield.training import generator, to_plain
 from driftfield.training.visits import sample_ids
 from vision.data import DataError
-from vision.latent_files import COMPLETE, MENDING, VARIANTS, LatentFiles, LatentHeader, open_store, read_labels
+from vision.latent_files import (
+    COMPLETE,
+    MENDING,
+    VARIANTS,
+    LatentFiles,
+    LatentHeader,
+    LatentStatistics,
+    open_store,
+    read_labels,
+    read_statistics,
+    require_plausible,
+)
 from vision.tokenizer import Tokenizer
+
+LOOKED_AT: Final = 64  # images whose latents are read, and their spread checked, when a store is opened
 
 
 class LatentStore:
@@ -31,7 +44,8 @@ class LatentStore:
             cache serves all processes of a machine about as fast.
 
     Raises:
-        DataError: no such store, or one that is not complete, lacks files, is damaged, or is of another tokenizer.
+        DataError: no such store, or one that is not complete, lacks files, is damaged, or is of another tokenizer; or
+            its latents are not finite or of an implausible standard deviation, as with a wrong scale.
     """
 
     def __init__(
@@ -52,7 +66,8 @@ class LatentStore:
                 f"{self.folder}: expected a complete store of latents, found {len(self._files.missing())} of "
                 f"{len(self._files)} files missing and no mark {COMPLETE!r}; {MENDING}"
             )
-        self.statistics: dict[str, list[float]] = group.attrs[COMPLETE]  # mean and std of each channel, scaled
+        self.statistics = read_statistics(self.folder, group, self.header)
+        require_plausible(self.folder, self.statistics, self.header)
         self.labels = read_labels(self.folder, group, self.header)
         self._places = self._files.places()  # [n, 2]
         self._workers = workers
@@ -60,6 +75,7 @@ class LatentStore:
         self._memory: np.ndarray | None = None  # [n, 2, bytes]
         if self.num_bytes <= memory_gib * 2**30:
             self._memory = self._read_all()
+        self._look_at_some()
 
     def __len__(self) -> int:
         return self.header.count
@@ -89,7 +105,8 @@ class LatentStore:
     def fingerprint(self) -> str:
         """SHA-256 of what decides the latents: tokenizer, images (names, sizes, labels), and their statistics."""
         header = {key: value for key, value in to_plain(self.header).items() if key != "tokenizer"}  # it may have moved
-        digest = hashlib.sha256(json.dumps([header, self.statistics], sort_keys=True).encode())
+        statistics = {"mean": self.statistics.mean, "std": self.statistics.std}
+        digest = hashlib.sha256(json.dumps([header, statistics], sort_keys=True).encode())
         digest.update(self.labels.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -102,7 +119,7 @@ class LatentStore:
 
         Raises:
             ValueError: visits of a wrong shape, dtype or sign.
-            DataError: a record is damaged; the message names file and image.
+            DataError: a record is damaged or not finite; the message names file and image.
 
         Returns:
             `[k, c, h, w]` float32 on the CPU.
@@ -115,7 +132,16 @@ class LatentStore:
         parts = [reads[start : start + share] for start in range(0, len(reads), share)]
         list(self._pool.map(lambda part: self._read_part(part, seed, records, noise), parts))
         mean, std = self._files.moments(records).unbind(1)  # [k, c, h, w] each
-        return noise.mul_(std).add_(mean).mul_(self.header.scale)
+        latents = noise.mul_(std).add_(mean).mul_(self.header.scale)
+        self._files.require_finite(latents, ids)
+        return latents
+
+    def _look_at_some(self) -> None:
+        """The mark says how the latents were when it was made; this looks at some as they are, spread over all."""
+        some = torch.arange(0, len(self), -(-len(self) // LOOKED_AT))
+        std, mean = torch.std_mean(self.read(some, seed=0).double(), (0, 2, 3), correction=0)
+        found = LatentStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()), std_band=self.statistics.std_band)
+        require_plausible(self.folder, found, self.header)
 
     def _read_all(self) -> np.ndarray:
         memory = self._files.empty(len(self) * len(VARIANTS)).reshape(len(self), len(VARIANTS), -1)

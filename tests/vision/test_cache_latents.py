@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(data: Path, vae: Path, out: Path, **changes: object) -> list[str]:
     keys = {
         "data": data, "out": out, "tokenizer": vae, "classes": "folders", "device": "cpu", "workers": 2,
-        "image_size": 16, "batch_size": 3, "chunk_images": 4,
+        "image_size": 16, "batch_size": 3, "chunk_images": 4, "std_band": "[0.1,1.0]",
     }  # fmt: skip
     return [f"{key}={value}" for key, value in (keys | changes).items()]
 
@@ -118,8 +119,10 @@ def test_float32_is_exact(data: Path, vae: Path, straight: Path, tmp_path: Path)
 def test_statistics_are_those_of_the_reads(straight: Path) -> None:
     store = LatentStore(straight)
     read = store.read(torch.arange(14 * 400), seed=0).double()  # [k, 4, 8, 8]
-    torch.testing.assert_close(torch.tensor(store.statistics["mean"]).double(), read.mean((0, 2, 3)), atol=2e-3, rtol=0)
-    torch.testing.assert_close(torch.tensor(store.statistics["std"]).double(), read.std((0, 2, 3)), atol=0, rtol=1e-2)
+    statistics = store.statistics
+    torch.testing.assert_close(torch.tensor(statistics.mean).double(), read.mean((0, 2, 3)), atol=2e-3, rtol=0)
+    torch.testing.assert_close(torch.tensor(statistics.std).double(), read.std((0, 2, 3)), atol=0, rtol=1e-2)
+    assert statistics.overall_std == pytest.approx(float(read.std()), rel=1e-2)
 
 
 # Interruptions
@@ -346,6 +349,49 @@ def test_what_float16_cannot_hold_is_refused(
     monkeypatch.setattr(Tokenizer, "encode", spoiling)
     with pytest.raises(DataError, match=r"china/3\.JPEG: expected finite float16 latents, found NaN or infinity"):
         cache(data, vae, tmp_path / "store")
+
+
+def test_an_implausible_scale_shows_after_the_first_file_and_can_be_declared(
+    data: Path, vae: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The random autoencoder's latents are far from unit variance, as those of one whose scale was forgotten."""
+    out = tmp_path / "store"
+    with pytest.raises(DataError, match=r"standard deviation 0\.5 to 2, found 0\.1\d* with scale 0\.18215") as error:
+        cache(data, vae, out, std_band="[0.5,2.0]")
+    assert str(vae) in str(error.value) and "std_band=[LOW,HIGH]" in str(error.value)
+    with pytest.raises(DataError, match="found 3 of 4 files missing"):
+        LatentStore(out)
+    capsys.readouterr()
+    assert cache(data, vae, out) == 0
+    assert "4 of 14 images are encoded already" in capsys.readouterr().out
+    assert contents(out) == contents(straight)
+
+
+def test_the_band_of_a_whole_store_is_declared_anew_by_the_same_command(
+    data: Path, vae: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(straight, tmp_path / "store"))
+    before = LatentStore(out)
+    with pytest.raises(DataError, match=r"standard deviation 0\.5 to 2, found 0\.1"):
+        cache(data, vae, out, std_band="[0.5,2.0]")
+    assert contents(out) == contents(straight)
+    assert cache(data, vae, out, std_band="[0.01,3.0]") == 0
+    assert LatentStore(out).statistics == replace(before.statistics, std_band=(0.01, 3.0))
+    assert LatentStore(out).fingerprint == before.fingerprint  # a run on these latents may go on
+    with pytest.raises(UserError, match="std_band: expected the lowest before the highest, found"):
+        cache(data, vae, out, std_band="[2.0,0.5]")
+
+
+def test_a_file_of_latents_that_are_not_finite_is_made_again(
+    data: Path, vae: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(straight, tmp_path / "store"))
+    files = files_of(out)
+    moments = files.read(2)
+    moments[1, 0, 1, 3] = float("inf")
+    files.write(2, moments)
+    assert cache(data, vae, out) == 0
+    assert "made again" in capsys.readouterr().out and contents(out) == contents(straight)
 
 
 def test_a_disk_too_small_is_noticed_before_the_work(

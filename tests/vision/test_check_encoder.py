@@ -318,6 +318,7 @@ def test_latents_with_encoders_of_latents_and_of_images(tmp_path: Path, photogra
     tokenizer, store = tmp_path / "vae", tmp_path / "latents"
     autoencoder().save_pretrained(tokenizer)
     cache = [f"data={photographs}", f"out={store}", f"tokenizer={tokenizer}", "classes=folders", "image_size=16"]
+    cache.append("std_band=[0.1,1.0]")
     assert (
         run_program(
             cache_latents.main,

@@ -90,7 +90,7 @@ def latents(folder: Path) -> Path:
         cache_latents, cache_latents.CacheLatentsConfig, "cache_latents", "classes=folders",
         f"data={folder / 'images'}",
         f"out={folder / 'latents'}", f"tokenizer={folder / 'vae'}", "image_size=16", "chunk_images=5", "workers=2",
-        "dtype=float32", "device=cpu",
+        "std_band=[0.1,1.0]", "dtype=float32", "device=cpu",
     )  # fmt: skip
     return folder / "latents"
 

@@ -16,7 +16,16 @@ import zarr
 
 from tests.vision.tiny_models import autoencoder
 from vision.data import DataError
-from vision.latent_files import VERSION, LatentFiles, LatentHeader, create_store, mark_complete
+from vision.latent_files import (
+    STD_BAND,
+    VERSION,
+    LatentFiles,
+    LatentHeader,
+    LatentStatistics,
+    create_store,
+    mark_complete,
+    require_plausible,
+)
 from vision.latents import LatentStore
 from vision.tokenizer import Tokenizer
 
@@ -35,6 +44,7 @@ HEADER = LatentHeader(
     chunk_images=3,
 )
 LABELS = torch.tensor([0, 0, 1, 0, 1, 1, 1])
+STATISTICS = LatentStatistics(mean=(0.0,) * 4, std=(0.4,) * 4, std_band=(0.1, 2.0))
 
 
 def moments(header: LatentHeader = HEADER) -> torch.Tensor:
@@ -50,7 +60,7 @@ def write_store(folder: Path, values: torch.Tensor, header: LatentHeader = HEADE
     for number in range(len(files)):
         files.write(number, values[files.images(number).start : files.images(number).stop])
     if complete:
-        mark_complete(folder, {"mean": [0.0] * 4, "std": [1.0] * 4})
+        mark_complete(folder, STATISTICS)
     return folder
 
 
@@ -99,7 +109,7 @@ def test_zeros_are_values_like_others(tmp_path: Path) -> None:
     files = LatentFiles(folder, header)
     for number in range(len(files)):
         files.write(number, torch.zeros(len(files.images(number)), 2, *header.record_shape, dtype=torch.float16))
-    mark_complete(folder, {"mean": [0.0] * 4, "std": [0.0] * 4})
+    mark_complete(folder, LatentStatistics(mean=(0.0,) * 4, std=(0.0,) * 4, std_band=(0.0, 1.0)))
     store = LatentStore(folder)
     assert not store.labels.any() and not store.read(torch.arange(14), seed=0).any()
 
@@ -195,6 +205,16 @@ def set_header(key: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
+def set_mark(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "zarr.json"
+        group = json.loads(file.read_text(encoding="utf-8"))
+        group["attributes"]["complete"] |= changes
+        file.write_text(json.dumps(group), encoding="utf-8")
+
+    return change
+
+
 def set_metadata(key: str, value: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         file = folder / "moments" / "zarr.json"
@@ -217,6 +237,18 @@ def delete(name: str) -> Callable[[Path], None]:
         (set_header("version", 2), "version: expected 1, found 2"),
         (set_header("scale", 0), "scale: expected a number > 0, found 0"),
         (set_header("scale", "big"), "scale: expected a number"),
+        (set_header("scale", 1.0), r"standard deviation 0.1 to 2, found 2\.\d+ with scale 1 \(tokenizer a/vae\)"),
+        (
+            set_header("scale", 0.18215**2),
+            r"standard deviation 0.1 to 2, found 0\.0\d+ with scale 0.0331786 .*std_band=",
+        ),
+        (set_mark(std=[2.1] * 4), "standard deviation 0.1 to 2, found 2.1 with scale 0.18215"),
+        (set_mark(std=[0.05] * 4), "standard deviation 0.1 to 2, found 0.05 with"),
+        (set_mark(mean=[-3.0, 3.0, 3.0, -3.0]), "standard deviation 0.1 to 2, found 3.03 with"),
+        (set_mark(std_band=[0.6, 2.0]), "standard deviation 0.6 to 2, found 0.4 with"),
+        (set_mark(std=[1.0] * 3), "mean and std of 4 channels, found 4 and 3"),
+        (set_mark(std=[1.0, 1.0, 1.0, float("nan")]), r"mark complete: std\[3\]: expected a number >= 0, found nan"),
+        (set_mark(mean=None), "mark complete: mean: expected a list"),
         (set_header("dtype", "float32"), "data_type: expected float32 as the header says, found float16"),
         (set_header("sample_shape", [4, 2]), "sample_shape: expected c, h, w"),
         (set_header("sample_shape", [4, 3, 2]), "shape: expected"),
@@ -286,6 +318,61 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"moments/c/1/0/0/0/0/0"):
             LatentFiles(folder, HEADER).read(1)
+
+
+# Raw mean and standard deviation of each channel of ImageNet's latents, as EDM2 (Karras et al. 2024) publishes them.
+RAW_MEAN, RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+
+
+@pytest.mark.parametrize(("factor", "plausible"), [(0.18215, True), (1.0, False), (0.18215**2, False)])
+def test_stable_diffusions_latents_of_imagenet_are_plausible_with_their_scale_alone(
+    factor: float, plausible: bool
+) -> None:
+    mean, std = (tuple(factor * value for value in raw) for raw in (RAW_MEAN, RAW_STD))
+    statistics = LatentStatistics(mean=mean, std=std)
+    assert statistics.std_band == STD_BAND
+    draws = np.random.default_rng(0).normal(mean, std, (100_000, 4))
+    assert statistics.overall_std == pytest.approx(draws.std(), rel=1e-2)
+    if plausible:
+        require_plausible(Path("store"), statistics, HEADER)
+        return
+    with pytest.raises(DataError, match=r"standard deviation 0.5 to 2, found (5|0\.166) with scale"):
+        require_plausible(Path("store"), statistics, HEADER)
+
+
+def test_a_mark_without_a_band_has_the_usual_one(folder: Path) -> None:
+    set_mark(std=[1.0] * 4)(folder)
+    file = folder / "zarr.json"
+    group = json.loads(file.read_text(encoding="utf-8"))
+    del group["attributes"]["complete"]["std_band"]
+    group["attributes"]["driftfield_latents"]["scale"] = 0.3
+    file.write_text(json.dumps(group), encoding="utf-8")
+    assert LatentStore(folder).statistics.std_band == STD_BAND
+
+
+@pytest.mark.parametrize("memory_gib", [0.0, 1.0])
+@pytest.mark.parametrize(("value", "moment"), [(float("nan"), 0), (float("inf"), 0), (float("-inf"), 1)])
+def test_latents_that_are_not_finite_are_named(tmp_path: Path, memory_gib: float, value: float, moment: int) -> None:
+    """Their CRC is right: this is what was written."""
+    values = moments()
+    values[4, :, moment, 2, 1, 1] = value
+    folder = write_store(tmp_path / "store", values)
+    message = r"moments/c/1/0.*: expected finite latents, found NaN or infinity in those of image 4; python -m vision"
+    with pytest.raises(DataError, match=message):
+        LatentStore(folder, memory_gib=memory_gib)
+    with pytest.raises(DataError, match=message):
+        LatentFiles(folder, HEADER).read(1)
+
+
+def test_latents_that_are_not_finite_are_named_when_they_are_read(folder: Path) -> None:
+    store = LatentStore(folder)
+    values = moments()[3:6]
+    values[1, 1, 0, 0, 0, 0] = float("nan")  # image 4's mirror
+    LatentFiles(folder, HEADER).write(1, values)
+    others = torch.tensor([0, 1, 2, 3, 5, 6])
+    store.read(torch.cat([others + 7 * epoch for epoch in range(9)]), seed=0)
+    with pytest.raises(DataError, match="found NaN or infinity in those of image 4"):
+        store.read(torch.cat([others, 4 + 7 * torch.arange(20)]), seed=0)
 
 
 @pytest.mark.parametrize("memory_gib", [0.0, 1.0])
