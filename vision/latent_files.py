@@ -108,16 +108,11 @@ def create_store(folder: Path, header: LatentHeader, labels: Tensor) -> None:
         DataError: the folder holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    others = {entry.name for entry in folder.iterdir()} - {MOMENTS, LABELS, _CREATE_LOCK}
-    if others and not (folder / _GROUP).exists():
-        raise DataError(
-            f"{folder}: expected an empty folder or a store of latents, found {', '.join(sorted(others)[:3])}"
-        )
+    _require_own(folder)  # before anything is written
     with open(folder / _CREATE_LOCK, "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / _GROUP).exists():
             return
-        _require_empty(folder)
         zarr.create_array(
             folder / MOMENTS,
             shape=(header.count, len(VARIANTS), *header.record_shape),
@@ -140,11 +135,11 @@ def create_store(folder: Path, header: LatentHeader, labels: Tensor) -> None:
         zarr.create_group(folder, attributes={HEADER: to_plain(header)})  # last: it says that the rest is there
 
 
-def _require_empty(folder: Path) -> None:
-    """Leave a folder alone that holds anything but the remains of a store whose making was killed."""
+def _require_own(folder: Path) -> None:
+    """Leave a folder alone that holds neither a store nor only what one is made of, by others now or until a kill."""
     own = (MOMENTS, LABELS, _CREATE_LOCK)
     others = [entry.name for entry in folder.iterdir() if entry.name not in own and entry.suffix != ".partial"]
-    if others:
+    if others and not (folder / _GROUP).exists():
         raise DataError(
             f"{folder}: expected an empty folder or a store of latents, found {', '.join(sorted(others)[:3])}"
         )

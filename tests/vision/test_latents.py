@@ -417,6 +417,18 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").exists() and not (tmp_path / "zarr.json").exists()
 
 
+def test_a_creation_killed_at_any_of_its_files_is_done_again(original: Path, tmp_path: Path) -> None:
+    """zarr writes each file aside, NAME.HEX.partial, and renames it: the group's file is the last."""
+    for remains in ([], ["moments"], ["moments", "labels"]):
+        folder = tmp_path / f"{len(remains)}"
+        folder.mkdir()
+        for name in remains:
+            shutil.copytree(original / name, folder / name)
+        (folder / "zarr.5f5f.partial").write_text("{", encoding="utf-8")
+        create_store(folder, HEADER, LABELS)
+        assert (folder / "zarr.json").exists() and not (folder / "moments" / "c").exists()
+
+
 def test_creating_again_changes_nothing(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     create_store(folder, HEADER, LABELS)
