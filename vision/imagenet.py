@@ -105,7 +105,8 @@ class ImageFolder:
     @property
     def unreadable(self) -> list[str]:
         """Files CLASS/NAME in whose place others are read, as far as they were met."""
-        return [str(self.path(image).relative_to(self.folder)) for image in sorted(self._unreadable.images)]
+        names = [self.path(image).relative_to(self.folder) for image in sorted(self._unreadable.images)]
+        return [os.fsencode(name).decode(errors="backslashreplace") for name in names]  # to be printed and written
 
     def path(self, image: int) -> Path:
         """File of an image, by its id."""
