@@ -98,6 +98,10 @@ class TrainConfig:
     action_steps: int = option("Ta, actions executed before the next prediction", min=1)
     crop: int | None = option("side of the crop of images, in pixels", min=33)
     frequencies: int = option("sines and cosines beside each number of an observation, at so many frequencies", min=0)
+    differences: tuple[tuple[int, ...], ...] = option(
+        "for each axis the entries of the state that are positions along it; their differences are seen too", min=0
+    )
+    trunk: tuple[int, ...] = option("channels of layers that see the observations alone, once for all chunks", min=1)
     network: NetworkConfig = option("the action network")
     drifting: DriftingConfig = option("of method=drifting")
     diffusion: DiffusionConfig = option("of method=diffusion")

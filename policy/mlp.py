@@ -1,6 +1,7 @@
 """What every action network takes and gives, and the plainest of them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,42 @@ class ActionMLP(ActionNetwork):
         for layer in self.hidden:
             h = F.mish(layer(h))  # [B, width]
         return self.out(h).view_as(x)
+
+
+class ObservationTrunk(nn.Module):
+    """All observations of a policy flattened into one vector, through hidden layers with Mish.
+
+    They run once for all chunks that are generated for an observation, and for all evaluations of one chunk.
+
+    Args:
+        cond_dim: C, features per observation.
+        obs_steps: To, observations.
+        widths: channels of the layers, the last one's the features that come out; none: the observations go through.
+
+    Raises:
+        ValueError: a size is less than 1.
+
+    >>> trunk = ObservationTrunk(5, 2, [8, 6])
+    >>> trunk(torch.randn(3, 2, 5)).shape, trunk.obs_steps, trunk.dim
+    (torch.Size([3, 1, 6]), 1, 6)
+    """
+
+    def __init__(self, cond_dim: int, obs_steps: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        for width in widths:
+            check_positive(width=width)
+        self.obs_steps, self.dim = (1, widths[-1]) if widths else (obs_steps, cond_dim)
+        sizes = [obs_steps * cond_dim, *widths]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, cond: Tensor) -> Tensor:
+        """Features `[B, To, C]` to `[B, 1, widths[-1]]`."""
+        if not self.layers:
+            return cond
+        h = cond.flatten(1)
+        for layer in self.layers:
+            h = F.mish(layer(h))
+        return h.unsqueeze(1)
 
 
 def check_positive(**sizes: int) -> None:

@@ -115,6 +115,31 @@ class Normalizer(nn.Module):
         affine = self._checked_affine(key, x)
         return x.float().clamp(affine.low, affine.high)
 
+    def differences(self, key: str, x: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Pairwise differences of numbers that share an axis, as parts of the range that all of them had together.
+
+        A network sees two positions a millimetre apart by this, without subtracting numbers as large as the table.
+
+        Args:
+            key, x: as for `normalize`, with the same errors.
+            groups: for each axis the dimensions that are positions along it.
+
+        Returns:
+            float32 `[..., P]`, within -1 and 1 on the data: of each group (i, j, k) i - j, i - k, j - k.
+
+        >>> normalizer = Normalizer({"state": [Part(3)]}).fit({"state": np.array([[0, 4, 9], [2, 5, 8]], np.float32)})
+        >>> normalizer.differences("state", torch.tensor([[1.0, 4.0, 9.0]]), [[0, 1]])
+        tensor([[-0.6000]])
+        """
+        affine = self._checked_affine(key, x)
+        found = []
+        for group in groups:
+            where = torch.tensor(list(group), device=x.device)
+            first, second = where[torch.combinations(torch.arange(len(group), device=x.device))].unbind(1)
+            extent = affine.high[where].max() - affine.low[where].min()
+            found.append((x[..., first].float() - x[..., second].float()) / extent.clamp(min=torch.finfo().tiny))
+        return torch.cat(found, -1)
+
     def _affine(self, key: str) -> "_Affine":
         if key not in self.parts:
             raise KeyError(f"{key}: expected one of {', '.join(self.parts)}")

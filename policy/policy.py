@@ -4,6 +4,7 @@ import os
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from driftfield.training.pretrained import read_arguments, read_weights, write_model
 from policy.draws import Draws
 from policy.ensembling import TemporalEnsemble
-from policy.mlp import ActionMLP, ActionNetwork
+from policy.mlp import ActionMLP, ActionNetwork, ObservationTrunk
 from policy.normalizer import Normalizer
 from policy.observation import ObservationEncoder
-from policy.replay_buffer import ACTION
+from policy.replay_buffer import ACTION, STATE
 from policy.transformer import ActionTransformer
 from policy.unet1d import ConditionalUnet1D
 
@@ -53,6 +54,9 @@ class Policy(nn.Module):
         action_steps: Ta.
         crop: side of the crop of images, in pixels.
         frequencies: sines and cosines beside each number of an observation, as for `ObservationEncoder`.
+        differences: for each axis the entries of "state" that are positions along it, in the data's unit: their
+            pairwise differences are numbers of the observation too.
+        trunk: channels of hidden layers between the observations and the network, as for `ObservationTrunk`.
         task: name of the task in `envs.TASKS`, for whoever rolls the policy out.
         task_options: keywords of `envs.make`.
 
@@ -82,6 +86,8 @@ class Policy(nn.Module):
         action_steps: int = 8,
         crop: int | None = None,
         frequencies: int = 0,
+        differences: Sequence[Sequence[int]] = (),
+        trunk: Sequence[int] = (),
         task: str = "",
         task_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -93,17 +99,22 @@ class Policy(nn.Module):
         self.config: dict[str, Any] = {
             "shapes": {key: list(shape) for key, shape in shapes.items()}, "action_dim": action_dim,
             "normalizer": dict(normalizer), "network": dict(network), "obs_steps": obs_steps, "horizon": horizon,
-            "action_steps": action_steps, "crop": crop, "frequencies": frequencies, "task": task,
+            "action_steps": action_steps, "crop": crop, "frequencies": frequencies,
+            "differences": [list(group) for group in differences], "trunk": list(trunk), "task": task,
             "task_options": dict(task_options or {}),
         }  # fmt: skip
         self.action_dim, self.horizon = action_dim, horizon
         self.obs_steps, self.action_steps = obs_steps, action_steps
         self.task, self.task_options = task, dict(task_options or {})
         self.normalizer = Normalizer(**normalizer)
-        self.encoder = ObservationEncoder(
-            {key: tuple(shape) for key, shape in shapes.items()}, crop=crop, frequencies=frequencies
-        )
-        self.network = build_network(network, action_dim, self.encoder.dim, obs_steps, horizon)
+        self.differences = _checked_groups(differences, shapes)
+        seen = {key: tuple(shape) for key, shape in shapes.items()}
+        if self.differences:
+            pairs = sum(comb(len(group), 2) for group in self.differences)
+            seen[STATE] = (seen[STATE][0] + pairs,)
+        self.encoder = ObservationEncoder(seen, crop=crop, frequencies=frequencies)
+        self.trunk = ObservationTrunk(self.encoder.dim, obs_steps, trunk)
+        self.network = build_network(network, action_dim, self.trunk.dim, self.trunk.obs_steps, horizon)
         self.reset()
 
     @abstractmethod
@@ -125,9 +136,13 @@ class Policy(nn.Module):
         """Normalised chunks `[B, T, A]` for features `[B, To, C]`; row i draws from generator i alone."""
 
     def encode(self, observation: Mapping[str, Tensor], draws: Draws | None = None) -> Tensor:
-        """Features `[B, To, C]` of observations `[B, To, ...]` in the units of the data."""
+        """Features `[B, To, C]` of observations `[B, To, ...]` in the units of the data; `[B, 1, C]` behind a trunk."""
         numbers = {key: self.normalizer.normalize(key, observation[key].float()) for key in self.encoder.numbers}
-        return self.encoder({**observation, **numbers}, draws=draws)
+        if self.differences:
+            differences = self.normalizer.differences(STATE, observation[STATE], self.differences)
+            numbers[STATE] = torch.cat((numbers[STATE], differences), -1)
+        features: Tensor = self.trunk(self.encoder({**observation, **numbers}, draws=draws))
+        return features
 
     @torch.no_grad()
     def predict_chunk(self, observation: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
@@ -214,6 +229,19 @@ class Policy(nn.Module):
 
     def _normalized(self, actions: Tensor) -> Tensor:
         return self.normalizer.normalize(ACTION, actions.float())
+
+
+def _checked_groups(
+    differences: Sequence[Sequence[int]], shapes: Mapping[str, Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    size = shapes[STATE][0] if len(shapes.get(STATE, ())) == 1 else 0
+    for group in differences:
+        if len(set(group)) != len(group) or len(group) < 2 or not 0 <= min(group) <= max(group) < size:
+            raise ValueError(
+                f"differences: expected groups of at least two different entries of the {size} of {STATE!r}, "
+                f"found {list(group)}"
+            )
+    return tuple(tuple(group) for group in differences)
 
 
 def build_network(

@@ -313,6 +313,8 @@ def build_policy(config: TrainConfig, buffer: ReplayBuffer) -> Policy:
                 action_steps=config.action_steps,
                 crop=config.crop,
                 frequencies=config.frequencies,
+                differences=config.differences,
+                trunk=config.trunk,
                 task=config.task,
                 task_options=options,
                 **config.method_keywords(),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from policy.mlp import ActionMLP, ActionNetwork, sinusoidal_embedding
+from policy.mlp import ActionMLP, ActionNetwork, ObservationTrunk, sinusoidal_embedding
 
 
 def test_the_embedding_is_sines_then_cosines_of_the_stated_frequencies() -> None:
@@ -47,6 +47,29 @@ def test_width_and_depth_are_those_of_the_hidden_layers() -> None:
     inputs = 8 * 2 + 2 * 5 + 32
     expected = (inputs + 1) * 64 + (64 + 1) * 64 + (64 + 1) * 16
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
+
+
+def test_a_trunk_sees_every_observation_of_its_row_alone() -> None:
+    torch.manual_seed(0)
+    trunk = ObservationTrunk(5, 2, [16, 6])
+    cond = torch.randn(3, 2, 5, requires_grad=True)
+    out = trunk(cond)
+    assert out.shape == (3, trunk.obs_steps, trunk.dim) == (3, 1, 6)
+    (by_cond,) = torch.autograd.grad(out[0].sum(), cond)
+    assert (by_cond[0] != 0).all() and not by_cond[1:].any()
+    assert sum(parameter.numel() for parameter in trunk.parameters()) == (10 + 1) * 16 + (16 + 1) * 6
+
+
+def test_a_trunk_without_layers_lets_observations_through() -> None:
+    trunk = ObservationTrunk(5, 2, [])
+    cond = torch.randn(3, 2, 5)
+    assert trunk(cond) is cond and (trunk.obs_steps, trunk.dim) == (2, 5) and not list(trunk.parameters())
+
+
+@pytest.mark.parametrize("widths", [[0], [8, 0]])
+def test_a_trunk_of_no_channels_is_refused(widths: list[int]) -> None:
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        ObservationTrunk(5, 2, widths)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,25 @@ def test_clamping_moves_numbers_into_the_range_of_the_data() -> None:
         torch.testing.assert_close(normalizer.clamp("action", x), expected, rtol=0, atol=0)
 
 
+def test_differences_are_parts_of_the_range_that_a_group_had_together() -> None:
+    normalizer = fitted([Part(4)])  # dimensions 0 and 1 had 0 to 10 and -4 to 4 together -4 to 10, 3 had -1 to 1
+    x = torch.tensor([[[1.0, 8.0, 100.0, 0.5], [3.0, -4.0, 0.0, 1.0]]])
+    found = normalizer.differences("action", x, [[0, 1], [3, 1, 0]])
+    expected = torch.tensor([[[-7.0, -7.5, -0.5, 7.0], [7.0, 5.0, -2.0, -7.0]]]) / 14
+    torch.testing.assert_close(found, expected)
+    moved = normalizer.differences("action", x + 5, [[0, 1], [3, 1, 0]])
+    torch.testing.assert_close(moved, found)
+
+
+def test_differences_stay_within_one_on_the_data_and_are_nothing_where_nothing_varies() -> None:
+    normalizer = fitted([Part(4)])
+    found = normalizer.differences("action", torch.from_numpy(ACTIONS), [[0, 1, 2, 3]])
+    assert found.shape == (3, 6) and (found.abs() <= 1).all()
+    zeros = np.zeros((2, 4), np.float32)
+    found = fitted([Part(4)], zeros).differences("action", torch.zeros(2, 4), [[0, 1]])
+    torch.testing.assert_close(found, torch.zeros(2, 1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -1,6 +1,7 @@
 """What every policy promises: rows by themselves, the executed slice, the demonstrations' range, a folder."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from policy.draws import Draws
 from policy.drifting_policy import DriftingPolicy
 from policy.methods import METHODS, load_policy
 from policy.policy import build_network
 from policy.regression_policy import RegressionPolicy
-from tests.policy.tiny_policies import HIGH, LOW, draws_of, tiny, tiny_batch
+from tests.policy.tiny_policies import HIGH, LOW, MLP, draws_of, tiny, tiny_batch
 
 UNET: dict[str, Any] = {"name": "unet1d", "channels": [8, 16], "step_dim": 8}
 TRANSFORMER: dict[str, Any] = {"name": "transformer", "width": 16, "depth": 1, "heads": 2}
@@ -98,6 +100,37 @@ def test_observations_reach_the_network_normalised() -> None:
     least, most = torch.tensor([-2.0, 0.0, 5.0]), torch.tensor([2.0, 1.0, 9.0])
     features = policy.encode({"state": torch.stack([least, most])[None]})  # [1, 2, 3]
     torch.testing.assert_close(features, torch.tensor([[[-1.0] * 3, [1.0] * 3]]))
+
+
+def test_differences_of_positions_follow_the_normalised_numbers(tmp_path: Path) -> None:
+    policy = tiny("regression", differences=[[2, 0]], frequencies=1)  # from -2 to 9 together
+    state = torch.tensor([[[0.0, 0.5, 5.5], [1.0, 0.0, 4.5]]])
+    numbers = torch.tensor([[[0.0, 0.0, -0.75, 0.5], [0.5, -1.0, -1.25, 3.5 / 11]]])
+    features = torch.cat((numbers, (torch.pi / 2 * numbers).sin(), (torch.pi / 2 * numbers).cos()), -1)
+    torch.testing.assert_close(policy.encode({"state": state}), features)
+    policy.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_policy(tmp_path).encode({"state": state}), features)
+
+
+@pytest.mark.parametrize("group", [[0], [], [0, 3], [-1, 1], [1, 1]])
+def test_differences_of_no_two_entries_of_the_state_are_refused(group: list[int]) -> None:
+    message = rf"differences: expected .* two different entries of the 3 of 'state', found {re.escape(str(group))}"
+    with pytest.raises(ValueError, match=message):
+        tiny("regression", differences=[[0, 1], group])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", [MLP, UNET, TRANSFORMER], ids=lambda network: network["name"])
+def test_a_trunk_runs_once_for_all_chunks_and_evaluations(method: str, network: dict[str, Any]) -> None:
+    policy = tiny(method, network=network, horizon=8, trunk=[12, 7], **OPTIONS[method])
+    runs: list[int] = []
+    policy.trunk.register_forward_hook(lambda *seen: runs.append(len(seen[2])))
+    batch = tiny_batch(policy)
+    loss = policy.loss(batch, Draws()).loss
+    assert loss.shape == (5,) and runs == [5]
+    (by_trunk,) = torch.autograd.grad(loss.sum(), policy.trunk.layers[0].weight)
+    assert by_trunk.any()
+    assert policy.predict_chunk(batch.observation, draws_of(0, 1, 2, 3, 4)).shape == (5, 8, 2) and runs == [5, 5]
 
 
 @pytest.mark.parametrize("method", METHODS)
