@@ -74,17 +74,31 @@ class RandomSamples:
         return self._noise[visits % len(self._noise)]
 
 
-def measure(config: BenchmarkConfig, experiment: str, device: torch.device) -> dict[str, Any]:
-    """Figures of one experiment."""
-    overrides = [f"experiment={experiment}", f"device={config.device}", *config.overrides]
-    train = load_config(TrainConfig, config_dir=VISION_CONFIG_DIR, config_name="train", overrides=overrides)
-    specs = [config.encoder] if config.encoder is not None else train.encoder.pretrained
+def training_on_noise(
+    experiment: str, overrides: Sequence[str], encoder: str | None, device: torch.device
+) -> tuple[TrainConfig, Training]:
+    """An experiment of `vision.train` before its first step, on samples of noise, its encoder's weights random.
+
+    Args:
+        experiment: name of one on latents or imagenet.
+        overrides: keys of `vision.train` to change.
+        encoder: in the place of the experiment's own; empty: none.
+        device: where to compute.
+    """
+    words = [f"experiment={experiment}", f"device={device.type}", *overrides]
+    train = load_config(TrainConfig, config_dir=VISION_CONFIG_DIR, config_name="train", overrides=words)
+    specs = [encoder] if encoder is not None else train.encoder.pretrained
     specs = [spec.replace("hf://", "") for spec in specs if spec]
     torch.manual_seed(0)
-    encoder = load_encoder(specs, random_weights=True).to(device) if specs else None
+    loaded = load_encoder(specs, random_weights=True).to(device) if specs else None
+    return train, Training(train, RandomSamples(SHAPES[train.data.name], 1000), loaded, device)
+
+
+def measure(config: BenchmarkConfig, experiment: str, device: torch.device) -> dict[str, Any]:
+    """Figures of one experiment."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    training = Training(train, RandomSamples(SHAPES[train.data.name], 1000), encoder, device)
+    train, training = training_on_noise(experiment, config.overrides, config.encoder, device)
     for _ in range(WARMUP_STEPS):
         training.step()
     start = time.perf_counter()
@@ -113,7 +127,7 @@ def measure(config: BenchmarkConfig, experiment: str, device: torch.device) -> d
     }
 
 
-def _forget() -> None:
+def forget() -> None:
     """Let the next experiment find the device and the compiler as this one did."""
     gc.collect()
     torch._dynamo.reset()
@@ -163,7 +177,7 @@ def main(config: BenchmarkConfig) -> int:
     rows = []
     for experiment in config.experiments:
         rows.append(measure(config, experiment, device))
-        _forget()
+        forget()
         print(table(rows[-1:], floor), flush=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     config.out.parent.mkdir(parents=True, exist_ok=True)
