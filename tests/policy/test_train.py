@@ -1,5 +1,6 @@
 """`python -m policy.train` end to end, small: what it leaves, how it resumes, what it refuses, what it learns from."""
 
+import copy
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftfield.training import load_config, read_checkpoint, read_log, run_program
+from driftfield.training import generator, load_config, read_checkpoint, read_log, run_program
 from driftfield.training.distributed import TIMEOUT_S
 from policy import train
 from policy.config import CONFIG_DIR, TrainConfig
+from policy.draws import Draws
 from policy.methods import load_policy
 from policy.policy import Batch, PolicyLoss
 from policy.replay_buffer import ReplayBuffer
@@ -279,6 +281,49 @@ def test_initial_weights_and_steps_follow_from_the_seed(data: Path) -> None:
     torch.manual_seed(123)
     losses = [each.step()["gradient_norm"] for each in (first, again, other)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("network", ["mlp", "transformer"])
+def test_steps_are_adamws_of_the_mean_loss(network: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against PyTorch's own optimizer: learning rate, decay, betas and clip of the configuration, then the average."""
+    words = ("learning_rate=1e-2", "weight_decay=0.5", "betas=[0.8,0.9]", "clip_norm=0.01", "schedule=constant")
+    training = trainer(data, *words, *(("network.name=transformer",) if network == "transformer" else ()))
+    batches: list[Batch] = []
+    loss_of = training._loss
+    monkeypatch.setattr(training, "_loss", lambda batch, draws: (batches.append(batch), loss_of(batch, draws))[1])
+    policy = copy.deepcopy(training.policy).train()
+    decayed = [p for name, p in policy.named_parameters() if network == "mlp" or is_matrix(name, policy)]
+    others = [p for p in policy.parameters() if all(p is not each for each in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
+    average = [parameter.detach().clone() for parameter in policy.parameters()]
+    for step in range(3):
+        values = training.step()
+        optimizer.zero_grad()
+        noise = generator(training.config.seed, "noise", step, 0)
+        loss = policy.loss(batches[step], Draws(noise, range(8), 8)).loss.mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.01)
+        assert norm > 0.01 and float(values["loss"]) == pytest.approx(loss.item(), rel=1e-4)
+        assert float(values["gradient_norm"]) == pytest.approx(norm.item(), rel=1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = [1e-6, 1e-6 + (1e-2 - 1e-6) / 2, 1e-2][step]  # 8 of 16 samples a step
+        optimizer.step()
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = [decay * old + (1 - decay) * new for old, new in zip(average, policy.parameters(), strict=True)]
+    moved = training.ema.state_dict()
+    for (name, found), expected, mean in zip(
+        training.policy.named_parameters(), policy.parameters(), average, strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moved[f"0.9/{name}"], mean, rtol=1e-3, atol=1e-4)
+
+
+def is_matrix(name: str, policy: torch.nn.Module) -> bool:
+    """Whether a transformer decays a parameter: weights of linear maps and attention, not biases, norms, positions."""
+    owner, _, kind = name.rpartition(".")
+    of = policy.get_submodule(owner)
+    return kind.endswith("weight") and isinstance(of, torch.nn.Linear | torch.nn.MultiheadAttention)
 
 
 def test_temperatures_are_annealed_over_the_first_part_of_the_run(data: Path) -> None:
