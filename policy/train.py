@@ -516,7 +516,7 @@ def main(config: TrainConfig) -> int:
         except Stopped as stopped:
             return int(stopped.args[0])
         require_equal(config=to_yaml(config), data=buffer.fingerprint)
-        share(config.batch_size)  # refused here rather than in the first step
+        share(config.batch_size, "batch_size")  # refused here rather than in the first step
         return run_to_results(
             config, lambda: run(config, buffer, device, stop), stop, results=RESULTS, may_change=MAY_CHANGE
         )

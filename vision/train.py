@@ -545,7 +545,7 @@ def main(config: TrainConfig) -> int:
         real = load_real(config.data, tokenizer)
         require_per_class(real, config.positives_per_label, purpose="the positives of a step")
         require_equal(config=to_yaml(config), data=real.fingerprint)
-        share(config.labels_per_step)  # refused here rather than in the first step
+        share(config.labels_per_step, "labels_per_step")  # refused here rather than in the first step
         may_change = (*MAY_CHANGE, *(["labels_at_once"] if config.statistics == "batch" else []))
         if code := run_to_results(
             config, lambda: run(config, real, tokenizer, device, stop), stop, results=RESULTS, may_change=may_change

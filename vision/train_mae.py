@@ -84,7 +84,7 @@ def trained_mae(
         is_same_run(config.run_dir, identity, may_change)
     else:
         with RunFolder(config.run_dir, identity, may_change=may_change) if is_main() else nullcontext():
-            share(config.batch_size)  # refused here rather than in the first step
+            share(config.batch_size, "encoder.batch_size")  # refused here rather than in the first step
             training = MAETraining(config, real, device, tokenizer=tokenizer, bfloat16=bfloat16, compile=compile)
             _train(training, stop, config.run_dir)
     return ResNetMAE.from_pretrained(weights).to(device).requires_grad_(False)

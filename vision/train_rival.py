@@ -186,7 +186,7 @@ def main(config: RivalConfig) -> int:
             for split in get_args(Split)
         )
         require_equal(config=to_yaml(config), data=real.fingerprint)
-        share(config.optimizer.batch_size)  # refused here rather than in the first step
+        share(config.optimizer.batch_size, f"{config.method}.batch_size")  # refused here rather than in the first step
         if code := run_to_results(
             config, lambda: run(config, real, held_out, device, stop), stop, results=RESULTS, may_change=MAY_CHANGE
         ):

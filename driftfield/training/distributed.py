@@ -93,8 +93,12 @@ def any_process(flag: bool) -> bool:
     return bool(total.item())
 
 
-def share(count: int) -> slice:
+def share(count: int, name: str = "") -> slice:
     """The part of `count` things that belongs to this process; all parts are equally large.
+
+    Args:
+        count: things in all.
+        name: the option that says how many, for the message.
 
     Raises:
         UserError: they can't be divided evenly.
@@ -104,7 +108,8 @@ def share(count: int) -> slice:
     """
     each, rest = divmod(count, world_size())
     if rest:
-        raise UserError(f"expected a number that {world_size()} processes can share evenly, found {count}")
+        what = f"{name}: expected" if name else "expected"
+        raise UserError(f"{what} a number that {world_size()} processes can share evenly, found {count}")
     return slice(rank() * each, (rank() + 1) * each)
 
 

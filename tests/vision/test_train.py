@@ -19,6 +19,7 @@ from driftfield.training import (
     MAX_REJECTED_STEPS,
     Update,
     UserError,
+    distributed,
     load_config,
     read_checkpoint,
     read_log,
@@ -369,6 +370,15 @@ def test_bad_input_is_one_sentence_before_any_work(
     for word in words:
         assert word in message
     assert not (tmp_path / "encoder").exists()
+
+
+def test_labels_that_processes_cannot_share_are_refused_by_their_name(
+    tmp_path: Path, judge_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert run(overrides(tmp_path, judge_folder)) == 2
+    assert "error: labels_per_step: expected a number that 2 processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_class_with_too_few_images_is_named(

@@ -165,7 +165,7 @@ def test_a_batch_that_processes_cannot_share_is_refused() -> None:
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match="3 processes can share evenly, found 64"),
+        pytest.raises(UserError, match="^batch_size: expected a number that 3 processes can share evenly, found 64"),
     ):
         patch.setattr(distributed, "world_size", lambda: 3)
-        distributed.share(64)
+        distributed.share(64, "batch_size")
