@@ -32,7 +32,7 @@ ORBIT_STEP_RAD: Final = 0.2
 YAW_TOLERANCE_RAD: Final = 0.2
 YAW_ALIGNED_RAD: Final = 0.03
 DELIVERED_M: Final = 0.04
-ARRIVED_M: Final = 0.001
+ARRIVED_M: Final = 0.005  # the original script has 0.001, and waits for ever where executed actions are noisy
 
 
 class Plan(NamedTuple):
