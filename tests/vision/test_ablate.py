@@ -60,6 +60,10 @@ def test_every_row_of_every_table_is_a_training_that_vision_train_takes(table: s
     assert config.table.name == table and config.base.name == base
     runs = runs_of(config)
     assert [run.row for run in runs] == list(config.rows)
+    trained = [run.config for run in runs if run.program == "vision.train"]
+    shared = [*(run.folder for run in runs), *(each.encoder.run_dir for each in trained)]
+    assert not any(path.is_relative_to(config.table_folder) for path in shared)  # the table's folder is its own
+    assert not any(config.table_folder.is_relative_to(parent) for path in shared for parent in (path, path.parent))
     assert len({run.folder for run in runs}) == len(runs)
     for run in runs:
         assert run.config.data.name == base and run.config.seed == 0

@@ -92,8 +92,8 @@ class AblateConfig:
 
     @property
     def table_folder(self) -> Path:
-        """Where the table is written."""
-        return self.folder / self.base.name / self.table.name
+        """Where the table is written; `runs` and `encoders`, which tables share, lie beside `tables`."""
+        return self.folder / self.base.name / "tables" / self.table.name
 
 
 class Run(NamedTuple):
