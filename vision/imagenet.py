@@ -106,7 +106,7 @@ class ImageFolder:
     def unreadable(self) -> list[str]:
         """Files CLASS/NAME in whose place others are read, as far as they were met."""
         names = [self.path(image).relative_to(self.folder) for image in sorted(self._unreadable.images)]
-        return [os.fsencode(name).decode(errors="backslashreplace") for name in names]  # to be printed and written
+        return [_printable(name) for name in names]
 
     def path(self, image: int) -> Path:
         """File of an image, by its id."""
@@ -309,9 +309,14 @@ class _Unreadable:
             if image in self.images:
                 return
             if len(self.images) == self.allowed:
-                raise DataError(f"{reason}; {self._limit}")
+                raise DataError(f"{_printable(reason)}; {self._limit}")
             self.images.add(image)
-            _log.warning("%s; the next image of its class is read instead; %s", reason, self._limit)
+            _log.warning("%s; the next image of its class is read instead; %s", _printable(reason), self._limit)
+
+
+def _printable(text: object) -> str:
+    """Without the halves of characters that stand for bytes of file names that are no UTF-8."""
+    return os.fsencode(str(text)).decode(errors="backslashreplace")
 
 
 def _class_names(folder: Path, classes: Classes) -> tuple[str, ...]:

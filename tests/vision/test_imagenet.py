@@ -290,7 +290,9 @@ def test_a_class_without_a_readable_image_is_named(tmp_path: Path, photograph: n
         images.center_crops([6])
 
 
-def test_any_name_of_an_unreadable_file_can_be_printed_and_written(tmp_path: Path, photograph: np.ndarray) -> None:
+def test_any_name_of_an_unreadable_file_can_be_printed_and_written(
+    tmp_path: Path, photograph: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
     root = write_tree(tmp_path, photograph, EIGHT)
     _html(root / "train" / "a" / "1.jpg")
     os.rename(os.fsencode(root / "train" / "a" / "1.jpg"), os.fsencode(root / "train" / "a") + b"/\xff.jpg")
@@ -298,6 +300,8 @@ def test_any_name_of_an_unreadable_file_can_be_printed_and_written(tmp_path: Pat
     images.center_crops([3])  # 0, 2, 3 and this
     assert images.unreadable == ["a/\\xff.jpg"]
     assert images.unreadable[0].encode("ascii")
+    (warning,) = caplog.messages
+    assert "a/\\xff.jpg" in warning and warning.encode("ascii")
 
 
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), MemoryError("no room")])
