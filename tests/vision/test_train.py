@@ -101,7 +101,7 @@ def test_run_leaves_model_pictures_log_and_results(finished: Path) -> None:
 def test_finished_run_can_be_judged_at_several_guidance_scales(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [f"run_dir={finished / 'run'}", "num=100", "guidance_scales=[1,3]"]
+    arguments = [f"run_dir={finished / 'run'}", "num=100", "guidance_scales=[1.5,3]"]
     ended = run_program(
         evaluate.main,
         evaluate.EvaluateConfig,
@@ -112,9 +112,9 @@ def test_finished_run_can_be_judged_at_several_guidance_scales(
     )
     assert ended == 0
     rows = json.loads((finished / "run" / "evaluation.json").read_text(encoding="utf-8"))
-    assert [row["guidance_scale"] for row in rows] == [1.0, 3.0]
+    assert [row["guidance_scale"] for row in rows] == [1.5, 3.0]
     results = json.loads((finished / "run" / "results.json").read_text(encoding="utf-8"))
-    assert results["guidance_scale"] == 1.0
+    assert results["guidance_scale"] == 1.5
     trained = results["evaluation"]
     assert {name: rows[0][name] for name in trained} == trained  # the same samples, judged the same way
     assert rows[0]["frechet"] != rows[1]["frechet"]
