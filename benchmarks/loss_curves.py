@@ -7,7 +7,6 @@ step as JSON and as a picture.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +38,13 @@ class CurvesConfig:
 
 
 def curves(config: CurvesConfig, overrides: Sequence[str], device: torch.device) -> dict[str, list[float]]:
-    """Loss, λ and the norm of the gradient of every step, and the seconds that it took."""
+    """Loss, λ and the norm of the gradient of every step."""
     _, training = training_on_noise(config.experiment, overrides, config.encoder, device)
-    found: dict[str, list[float]] = {name: [] for name in (*CURVES, "seconds")}
+    found: dict[str, list[float]] = {name: [] for name in CURVES}
     for step in range(config.steps):
-        start = time.perf_counter()
         values = training.step()
         for name in CURVES:
             found[name].append(float(values[name]))
-        found["seconds"].append(time.perf_counter() - start)
         if (step + 1) % max(1, config.steps // 10) == 0:
             print(f"{step + 1}/{config.steps} steps, lambda {found['lambda'][-1]:.4g}", flush=True)
     return found

@@ -31,7 +31,7 @@ class DataConfig:
     workers: int = option("threads that read images or latents", min=1)
     memory_gib: float = option("memory for samples read again, in GiB; the processes of a machine share it", min=0)
     max_unreadable: float = option(
-        "share of imagenet's files that may be damaged, each replaced by the next of its class", 0.0, min=0, max=1
+        "share of imagenet's files that may be damaged, each replaced by the next of its class", min=0, max=1
     )
 
 
